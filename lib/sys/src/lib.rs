@@ -1,0 +1,14 @@
+//! The kernel as the runtime needs it, and the socket its programs talk over. The only crate where `unsafe` compiles:
+//! one system call a wrapper, owned descriptors in and out, `O_CLOEXEC` always, errno kept.
+
+pub mod creds;
+pub mod error;
+pub mod mount;
+pub mod path;
+pub mod process;
+pub mod ready;
+pub mod seccomp;
+pub mod socket;
+pub mod userns;
+
+pub use error::{Result, SysError};
