@@ -1,1 +1,108 @@
-//! to come
+//! User namespaces made only for their id maps, to be given to MOUNT_ATTR_IDMAP.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::sys::wait::waitpid;
+use nix::unistd::Pid;
+use sysbox_ipc::{IdMap, IdMapLine};
+
+use crate::error::{Named, Result};
+
+/// The text of a uid_map or gid_map file (user_namespaces(7)).
+pub fn map_text(lines: &[IdMapLine]) -> String {
+    lines.iter().map(|l| format!("{} {} {}\n", l.inside, l.outside, l.count)).collect()
+}
+
+/// A user namespace with these maps and no process in it. The caller must be single-threaded or content that the child
+/// does nothing but wait.
+///
+/// # Errors
+/// `EPERM`/`ENOSPC` where user namespaces are switched off or used up (`user.max_user_namespaces`), `EINVAL` for a map the
+/// kernel refuses.
+pub fn with_maps(map: &IdMap) -> Result<OwnedFd> {
+    let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).named(|| "pipe2".to_owned())?;
+    // The child has a copy-on-write copy of this process, which in the small runtime is cheap enough; it only waits.
+    let child = spawn_waiting(reader.as_raw_fd(), writer.as_raw_fd())?;
+    let made = (|| {
+        write_map(child, "uid_map", map.uids())?;
+        write_map(child, "gid_map", map.gids())?;
+        let path = format!("/proc/{child}/ns/user");
+        File::open(&path).named(|| format!("open({path})")).map(OwnedFd::from)
+    })();
+    drop(writer);
+    loop {
+        match waitpid(child, Some(nix::sys::wait::WaitPidFlag::__WALL)) {
+            Err(Errno::EINTR) => {}
+            other => {
+                other.named(|| "waitpid(user namespace holder)".to_owned())?;
+                break;
+            }
+        }
+    }
+    made
+}
+
+fn write_map(pid: Pid, file: &str, lines: &[IdMapLine]) -> Result<()> {
+    let path = format!("/proc/{pid}/{file}");
+    let text = map_text(lines);
+    let write = || File::options().write(true).open(&path)?.write_all(text.as_bytes());
+    write().named(|| format!("write({path}, {:?})", text.trim_end()))
+}
+
+const STACK: usize = 16 * 1024;
+
+struct Pipe {
+    reader: i32,
+    writer: i32,
+}
+
+fn spawn_waiting(reader: i32, writer: i32) -> Result<Pid> {
+    extern "C" fn wait(argument: *mut libc::c_void) -> libc::c_int {
+        // SAFETY: `argument` is the boxed Pipe below, leaked for the life of this child.
+        let pipe = unsafe { &*argument.cast::<Pipe>() };
+        // SAFETY: close(2) of the copy that the clone gave us: without it, read would never see the end.
+        unsafe { libc::close(pipe.writer) };
+        let mut byte = 0u8;
+        // SAFETY: reads one byte into a local variable; ends with 0 when the parent closes its side.
+        unsafe { libc::read(pipe.reader, (&raw mut byte).cast(), 1) };
+        0
+    }
+    // Without CLONE_VM the child has its own copy of this stack and of the Pipe.
+    let mut stack = vec![0u8; STACK];
+    let pipe = Pipe { reader, writer };
+    let top = stack.as_mut_ptr_range().end;
+    // SAFETY: aligning down inside the allocation that `stack` owns.
+    let top = unsafe { top.sub(top.addr() % 16) };
+    let flags = libc::CLONE_NEWUSER | libc::SIGCHLD;
+    let argument = (&raw const pipe).cast_mut().cast();
+    // SAFETY: `wait` matches the signature, `top` is the aligned end of a stack that is copied with the address space, and
+    // the child makes only async-signal-safe calls.
+    let pid = unsafe { libc::clone(wait, top.cast(), flags, argument) };
+    Errno::result(pid).map(Pid::from_raw).named(|| "clone(CLONE_NEWUSER)".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sysbox_ipc::IdRange;
+
+    #[test]
+    fn the_namespace_outlives_its_process() {
+        let map = IdMap::of_range(IdRange { start: 300_000, count: 65536 }).unwrap();
+        let one = with_maps(&map).unwrap();
+        let two = with_maps(&map).unwrap();
+        let inode = |fd: &OwnedFd| nix::sys::stat::fstat(fd).unwrap().st_ino;
+        assert_ne!(inode(&one), inode(&two));
+    }
+
+    #[test]
+    fn several_lines_are_written_as_one_map() {
+        let line = |inside, outside, count| IdMapLine { inside, outside, count };
+        let lines = vec![line(0, 300_000, 1000), line(1000, 400_000, 2000)];
+        assert_eq!(map_text(&lines), "0 300000 1000\n1000 400000 2000\n");
+        with_maps(&IdMap::new(lines.clone(), lines).unwrap()).unwrap();
+    }
+}
