@@ -36,8 +36,12 @@ pub enum Request {
     Release { key: ContainerKey },
     /// Host facts alone, for `features` and `check`.
     Facts,
-    /// All records, for sysbox-fs after a restart and for `check`.
-    Records,
+    /// The records in the order of their keys, for sysbox-fs after a restart and for `check`: as many as fit in a message,
+    /// from the first one after `after`.
+    Records {
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        after: Option<ContainerKey>,
+    },
     /// Keeps a copy of the descriptor that comes with this message, under `name`, replacing an older one.
     VaultPut { name: String },
     /// Gives back a copy of a kept descriptor (with [`Reply::Descriptor`]), or `NotFound`.
@@ -52,7 +56,12 @@ pub enum Reply {
     Hello(crate::Hello),
     Granted(Box<Grant>),
     Facts(HostFacts),
-    Records { records: Vec<Record> },
+    Records {
+        records: Vec<Record>,
+        /// There are others after the last of these: ask again.
+        #[serde(default)]
+        more: bool,
+    },
     /// A descriptor comes with this message.
     Descriptor,
     Done,

@@ -3,8 +3,10 @@
 
 pub mod creds;
 pub mod error;
+pub mod fuse;
 pub mod mount;
 pub mod path;
+pub mod probe;
 pub mod process;
 pub mod ready;
 pub mod seccomp;
