@@ -1,0 +1,4 @@
+//! The daemon `sysbox-fs`: one FUSE file system that shows each system container its own values of files in /proc and
+//! /sys. A library only so that benches and fuzz targets reach its pure parts.
+
+pub mod session;
