@@ -168,7 +168,7 @@ pub fn session<F: Filesystem>(files: F, device: BorrowedFd<'_>) -> Result<Sessio
             .named(|| "recv(socketpair)".to_owned())?;
     match word(&reply[..length], 4) {
         Some(0) if length >= 16 => {}
-        other => return Err(SessionError::Handshake(length, other.unwrap_or_default().cast_signed())),
+        other => return Err(SessionError::Handshake(length, other.unwrap_or_default() as i32)),
     }
     sysbox_sys::fuse::dup3_over(device, session.as_fd())?;
     Ok(session)
@@ -210,7 +210,7 @@ fn init_reply(request: &[u8]) -> Vec<u8> {
 
 fn error_reply(request: &[u8], errno: i32) -> Vec<u8> {
     let of = |offset| word(request, offset).unwrap_or_default();
-    words(&[16, (-errno).cast_unsigned(), of(8), of(12)])
+    words(&[16, (-errno) as u32, of(8), of(12)])
 }
 
 /// The INIT that fuser gets to read: of a kernel that offers nothing, as fuser's answer goes nowhere.

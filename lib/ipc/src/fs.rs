@@ -29,8 +29,12 @@ pub enum Request {
     Register { key: ContainerKey, init: Process },
     /// The container is gone. Unknown keys are no error.
     Unregister { key: ContainerKey },
-    /// Which containers are known, for `check` and tests.
-    List,
+    /// Which containers are known, for `check` and tests, in the order of their keys: as many as fit in a message, from the
+    /// first one after `after`.
+    List {
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        after: Option<ContainerKey>,
+    },
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,7 +42,12 @@ pub enum Request {
 pub enum Reply {
     Hello(crate::Hello),
     Prepared(Prepared),
-    Containers { keys: Vec<ContainerKey> },
+    Containers {
+        keys: Vec<ContainerKey>,
+        /// There are others after the last of these: ask again.
+        #[serde(default)]
+        more: bool,
+    },
     Done,
     Refused(Refusal),
 }
