@@ -1,0 +1,22 @@
+//! The daemon `sysbox-mgr`: it owns what outlives a process. Id ranges, records of containers, copies of the other
+//! daemon's descriptors, and the coherence of the engine's overlay with the container's.
+//!
+//! `ledger` and `subid` decide and touch nothing; `store`, `watch`, `vault`, `observe` and `facts` are the doors;
+//! `server` joins them.
+
+pub mod facts;
+pub mod instance;
+pub mod ledger;
+pub mod log;
+pub mod observe;
+pub mod server;
+pub mod store;
+pub mod subid;
+pub mod vault;
+pub mod watch;
+
+/// An error with all its causes, on one line.
+pub fn in_full(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
+}

@@ -1,0 +1,129 @@
+//! What the host shows of a container: its process, its writable layer, the runtime's state of it, and which ids living
+//! processes have. Looks only; `ledger` draws the conclusions.
+
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use sysbox_ipc::IdRange;
+use sysbox_ipc::mgr::{FileId, Record, Rootfs};
+use sysbox_sys::error::Named;
+use sysbox_sys::process::is_alive;
+
+use crate::ledger::{Layer, Seen, process_of};
+
+pub fn seen(record: &Record) -> Seen {
+    Seen {
+        alive: process_of(record).is_some_and(is_alive),
+        layer: layer(&record.rootfs),
+        state: record.key.root.join(record.key.id.as_str()).is_dir(),
+    }
+}
+
+pub fn layer(rootfs: &Rootfs) -> Layer {
+    let Rootfs::Overlay { upper, .. } = rootfs else { return Layer::Unknown };
+    match std::fs::symlink_metadata(upper) {
+        Ok(_) => Layer::Present,
+        // `overlay2/ID/diff`: where even `overlay2` is missing, its file system is not mounted (yet).
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            match upper.parent().and_then(Path::parent) {
+                Some(all_layers) if all_layers.is_dir() => Layer::Gone,
+                _ => Layer::Unknown,
+            }
+        }
+        Err(_) => Layer::Unknown,
+    }
+}
+
+/// The network namespace of a process; `None` if it is gone.
+pub fn netns_of(pid: i32) -> Option<FileId> {
+    file_id(&format!("/proc/{pid}/ns/net"))
+}
+
+/// The network namespace of this daemon: the host's.
+pub fn host_netns() -> Option<FileId> {
+    file_id("/proc/self/ns/net")
+}
+
+fn file_id(path: &str) -> Option<FileId> {
+    std::fs::metadata(path).ok().map(|facts| FileId { dev: facts.dev(), ino: facts.ino() })
+}
+
+/// The ranges of host ids within `pool` that the user namespaces of living processes map, with one process of each. What a
+/// lost or broken record cannot tell, the processes can.
+pub fn ids_in_use(pool: IdRange) -> Vec<(i32, IdRange)> {
+    let mut found: Vec<(i32, IdRange)> = Vec::new();
+    let entries = match std::fs::read_dir("/proc") {
+        Ok(entries) => entries,
+        Err(error) => {
+            tracing::error!(%error, "list /proc: ids of containers without a record are not known");
+            return found;
+        }
+    };
+    let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    for pid in pids {
+        for file in ["uid_map", "gid_map"] {
+            // A process that ended meanwhile has no ids.
+            let Ok(text) = std::fs::read_to_string(format!("/proc/{pid}/{file}")) else { continue };
+            for range in outside_ranges(&text).filter(|range| range.overlaps(pool)) {
+                if found.iter().all(|(_, known)| *known != range) {
+                    found.push((pid, range));
+                }
+            }
+        }
+    }
+    found
+}
+
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
+/// Whether the machine was started anew since `note_boot`: process ids and start times of before mean nothing then.
+///
+/// # Errors
+/// The boot id cannot be read.
+pub fn booted_anew(data_root: &Path) -> sysbox_sys::Result<bool> {
+    let now = std::fs::read(BOOT_ID).named(|| format!("read({BOOT_ID})"))?;
+    Ok(std::fs::read(data_root.join("boot_id")).is_ok_and(|before| before != now))
+}
+
+/// # Errors
+/// The boot id cannot be read or noted.
+pub fn note_boot(data_root: &Path) -> sysbox_sys::Result<()> {
+    let noted = data_root.join("boot_id");
+    std::fs::copy(BOOT_ID, &noted).map(drop).named(|| format!("copy({BOOT_ID}, {})", noted.display()))
+}
+
+/// A uid_map seen from outside of a uid_map: the ranges of host ids. The initial namespace maps all to all and says nothing.
+fn outside_ranges(text: &str) -> impl Iterator<Item = IdRange> + '_ {
+    text.lines().filter_map(|line| {
+        let mut numbers = line.split_ascii_whitespace().map(str::parse::<u32>);
+        let (_inside, start, count) = (numbers.next()?.ok()?, numbers.next()?.ok()?, numbers.next()?.ok()?);
+        (count > 0 && count < u32::MAX).then_some(IdRange { start, count })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_layer_is_gone_only_if_its_place_is_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let upper = dir.path().join("overlay2/id/diff");
+        let rootfs = Rootfs::Overlay { merged: "/m".into(), upper: upper.clone() };
+        assert_eq!(layer(&rootfs), Layer::Unknown);
+        std::fs::create_dir_all(&upper).unwrap();
+        assert_eq!(layer(&rootfs), Layer::Present);
+        std::fs::remove_dir_all(dir.path().join("overlay2/id")).unwrap();
+        assert_eq!(layer(&rootfs), Layer::Gone);
+        assert_eq!(layer(&Rootfs::Directory { path: "/".into() }), Layer::Unknown);
+    }
+
+    #[test]
+    fn maps_are_read_and_the_initial_one_is_not() {
+        let text = "         0     100000      65536\n     65536 1879048192          1\n";
+        let got: Vec<_> = outside_ranges(text).collect();
+        assert_eq!(got, [IdRange { start: 100_000, count: 65536 }, IdRange { start: 0x7000_0000, count: 1 }]);
+        assert_eq!(outside_ranges("         0          0 4294967295\n").count(), 0);
+    }
+}
