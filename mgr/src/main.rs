@@ -57,12 +57,12 @@ struct Arguments {
 
 const HELP: &str = "\
 When something is wrong:
-  it does not start             the one line on stderr says why; the line `hint:` says what to do
-  is it running?                the socket RUN_DIR/mgr.sock answers `sysbox-runc features`
-  no ids left                   remove stopped containers (`docker container prune`), or make the `sysbox` lines
-                                in /etc/subuid and /etc/subgid longer and restart this daemon
-  what does a container have?   one file each in DATA_ROOT/records, plain JSON; never edit them while it runs
-  see more                      --log-level debug
+  it does not start    the one line on stderr says why; a line `hint:` says what to do
+  is it running?       RUN_DIR/mgr.lock holds its pid while it runs; `sysbox-runc features` asks it
+  no ids left          remove stopped containers (`docker container prune`), or make the `sysbox`
+                       lines in /etc/subuid and /etc/subgid longer and restart this daemon
+  who has which ids?   DATA_ROOT/records: a file a container, its last line counts; do not edit
+  see more             --log-level debug
 Stop it with SIGTERM. Stopping, killing or restarting it harms no container.";
 
 #[derive(Debug, Subcommand)]

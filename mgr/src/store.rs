@@ -166,10 +166,9 @@ impl Store {
     }
 
     fn flush(&self, path: PathBuf) {
-        if let Some((sender, _)) = &self.flusher
-            && sender.send(path).is_err()
-        {
-            error!("the thread that flushes records is gone");
+        let told = self.flusher.as_ref().map(|(sender, _)| sender.send(path));
+        if let Some(Err(error)) = told {
+            error!(%error, "the thread that flushes records is gone");
         }
     }
 }
