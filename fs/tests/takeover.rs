@@ -1,6 +1,9 @@
 //! The daemon against the real kernel: what it shows, and that its death and its successor go unnoticed. Needs root,
 //! /dev/fuse and, for the views, a memory controller; without them the tests fail and say so.
 
+// Clippy takes only functions marked #[test] for tests.
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use std::io::Write;
