@@ -4,13 +4,16 @@
 pub mod creds;
 pub mod error;
 pub mod fuse;
+pub mod keyring;
 pub mod mount;
 pub mod path;
 pub mod probe;
 pub mod process;
 pub mod ready;
+pub mod rlimit;
 pub mod seccomp;
 pub mod socket;
+pub mod terminal;
 pub mod userns;
 
 pub use error::{Result, SysError};

@@ -231,6 +231,12 @@ impl AsFd for Connection {
     }
 }
 
+/// Owns a descriptor that has just been received (SCM_RIGHTS) and is known to nobody else yet.
+pub fn adopt(received: RawFd) -> OwnedFd {
+    // SAFETY: the kernel installed it for this process in a recvmsg whose result the caller hands over here.
+    unsafe { OwnedFd::from_raw_fd(received) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

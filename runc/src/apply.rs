@@ -1,0 +1,445 @@
+//! Carries out the part of a plan that comes before any process of the container exists: a private mount namespace with
+//! the rootfs, the clones of host mounts and the devices. Everything mounted here dies with this process; what is made in
+//! files (mount points in the rootfs) is journalled and undone, newest first, if the create fails.
+
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, OFlag};
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::stat::{Mode, SFlag, fstat, makedev, mknod};
+use nix::unistd::{Gid, Uid, UnlinkatFlags, chown, unlinkat};
+use oci_spec::runtime::LinuxDeviceType;
+use sysbox_ipc::IdMap;
+use sysbox_ipc::mgr::HostFacts;
+use sysbox_sys::error::Named;
+use sysbox_sys::mount::{self as m, Depth, FsContext};
+use sysbox_sys::path::{Kind, make_in_root, open_in_root, proc_path};
+use sysbox_sys::{SysError, creds, userns};
+
+use crate::plan::{Attributes, Bind, Extent, Node, Place, Plan, Shift, Stage, Target, TargetKind};
+use crate::survey::{Ground, Overlay, Survey};
+
+#[derive(Debug, thiserror::Error)]
+pub enum ApplyError {
+    #[error("{attempt}: {source}")]
+    Step { attempt: String, source: SysError },
+    #[error("rootfs {}: mounting it id-shifted gave a read-only overlay (see the kernel log)", path.display())]
+    SilentlyReadOnly { path: PathBuf },
+    #[error("bind source {}: its file system cannot shift ids: {source}", path.display())]
+    NoShift { path: PathBuf, source: SysError },
+    #[error("rootfs {}: its file system cannot shift ids: {source}", path.display())]
+    NoRootShift { path: PathBuf, source: SysError },
+}
+
+type Result<T> = std::result::Result<T, ApplyError>;
+
+trait Attempt<T> {
+    fn attempt(self, what: impl FnOnce() -> String) -> Result<T>;
+}
+
+impl<T> Attempt<T> for sysbox_sys::Result<T> {
+    fn attempt(self, what: impl FnOnce() -> String) -> Result<T> {
+        self.map_err(|source| ApplyError::Step { attempt: what(), source })
+    }
+}
+
+impl<T> Attempt<T> for nix::Result<T> {
+    fn attempt(self, what: impl FnOnce() -> String) -> Result<T> {
+        self.map_err(|errno| ApplyError::Step { attempt: what(), source: SysError::new(errno, "system call") })
+    }
+}
+
+/// What was created in the rootfs for this container, so that it can be taken away again.
+#[derive(Debug, Default)]
+pub struct Journal {
+    created: Vec<PathBuf>,
+}
+
+/// The staged container.
+#[derive(Debug)]
+pub struct Staged {
+    /// The rootfs as the container will have it.
+    pub rootfs: OwnedFd,
+    map: IdMap,
+    journal: Journal,
+    /// For a person: what could not be done as well as asked.
+    pub warnings: Vec<String>,
+}
+
+impl Staged {
+    /// Removes the mount points that were made in the rootfs, newest first. Only empty ones go: whatever is in them is
+    /// not ours. Returns what failed.
+    pub fn undo(self) -> Vec<String> {
+        let mut failures = Vec::new();
+        for path in self.journal.created.iter().rev() {
+            let Some((parent, name)) = path.parent().zip(path.file_name()) else { continue };
+            let removed = open_in_root(self.rootfs.as_fd(), parent, OFlag::O_PATH | OFlag::O_DIRECTORY).and_then(|dir| {
+                let as_root = creds::with_fs_ids(self.map.root_uid(), self.map.root_gid(), || {
+                    match unlinkat(&dir, name, UnlinkatFlags::RemoveDir) {
+                        Err(Errno::ENOTDIR) => remove_if_empty_file(dir.as_fd(), name),
+                        other => other,
+                    }
+                });
+                as_root.and_then(|done| done.named(|| format!("remove {}", path.display())))
+            });
+            match removed {
+                Ok(()) => {}
+                Err(error) if matches!(error.errno, Errno::ENOENT | Errno::ENOTEMPTY | Errno::EBUSY) => {}
+                Err(error) => failures.push(error.to_string()),
+            }
+        }
+        failures
+    }
+}
+
+fn remove_if_empty_file(dir: BorrowedFd<'_>, name: &std::ffi::OsStr) -> nix::Result<()> {
+    let facts = nix::sys::stat::fstatat(dir, name, nix::fcntl::AtFlags::AT_SYMLINK_NOFOLLOW)?;
+    if facts.st_size == 0 { unlinkat(dir, name, UnlinkatFlags::NoRemoveDir) } else { Ok(()) }
+}
+
+/// Makes the private mount namespace of this process; what is mounted from here on, the host never sees.
+///
+/// # Errors
+/// `unshare` or the propagation change failing.
+pub fn enter_private_namespace() -> Result<()> {
+    unshare(CloneFlags::CLONE_NEWNS).attempt(|| "make a private mount namespace".to_owned())?;
+    let none = None::<&str>;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none)
+        .attempt(|| "make the mounts of the private namespace slaves".to_owned())
+}
+
+/// Carries out the plan. The process must be in its private mount namespace.
+///
+/// # Errors
+/// The step that failed; mount points made until then are removed again.
+pub fn apply(plan: &Plan, survey: &Survey, stage: &Stage, rootfs: &Path, map: &IdMap, facts: &HostFacts) -> Result<Staged> {
+    let shifter = userns::with_maps(map).attempt(|| "make a user namespace for the id shift".to_owned())?;
+    make_stage(stage)?;
+    // Sources are cloned before anything of ours covers them.
+    let mut warnings = Vec::new();
+    let clones: Vec<OwnedFd> =
+        plan.binds.iter().map(|bind| clone_source(bind, shifter.as_fd(), &mut warnings)).collect::<Result<_>>()?;
+    let base = Base { plan, stage, map, facts, shifter: shifter.as_fd() };
+    let root_mount = match &survey.ground {
+        Ground::Overlay(overlay) if plan.root.shift != Shift::Never => base.overlay(overlay, rootfs)?,
+        _ => base.directory(rootfs)?,
+    };
+    let point = File::open(stage.rootfs()).named(|| "open(stage rootfs)".to_owned());
+    let point = point.attempt(|| "open the stage".to_owned())?;
+    m::attach(root_mount.as_fd(), point.as_fd()).attempt(|| format!("attach {}", stage.rootfs().display()))?;
+    let mut staged = Staged { rootfs: root_mount, map: map.clone(), journal: Journal::default(), warnings };
+    match fill(&base, survey, &clones, &mut staged) {
+        Ok(()) => Ok(staged),
+        Err(error) => {
+            // The failure that matters is the first; what could not be undone is told with it.
+            let failures = staged.undo();
+            if !failures.is_empty() {
+                tracing::warn!(?failures, "undo");
+            }
+            Err(error)
+        }
+    }
+}
+
+fn fill(base: &Base<'_>, survey: &Survey, clones: &[OwnedFd], staged: &mut Staged) -> Result<()> {
+    let plan = base.plan;
+    for target in &plan.targets {
+        let made = base.make_target(staged, target)?;
+        base.copy_up_parents(staged, &target.path, survey)?;
+        drop(made);
+    }
+    for (bind, clone) in plan.binds.iter().zip(clones) {
+        match &bind.place {
+            Place::Locked(target) => {
+                let point = base.make_target(staged, target)?;
+                m::attach(clone.as_fd(), point.as_fd()).attempt(|| format!("attach {}", target.path.display()))?;
+            }
+            Place::Staged(number) => base.attach_staged(*number, bind.is_directory, clone.as_fd())?,
+        }
+    }
+    if let Ground::Overlay(overlay) = &survey.ground {
+        for root in &plan.layer_roots {
+            let clone = base.layer_root(staged, overlay, &root.path)?;
+            base.attach_staged(root.bind, true, clone.as_fd())?;
+        }
+    }
+    for path in &plan.masks {
+        base.mask(staged, path)?;
+    }
+    if plan.root.read_only {
+        let read_only = m::Attributes { read_only: true, ..m::Attributes::default() };
+        m::add_attributes(staged.rootfs.as_fd(), read_only, Depth::One)
+            .attempt(|| "make the rootfs read-only".to_owned())?;
+    }
+    base.devices()
+}
+
+fn attributes(a: Attributes) -> m::Attributes {
+    m::Attributes { read_only: a.read_only, nosuid: a.nosuid, nodev: a.nodev, noexec: a.noexec }
+}
+
+/// A tmpfs of our own over the stage directory, searchable by the container's init, which looks sources up there.
+fn make_stage(stage: &Stage) -> Result<()> {
+    let shown = || format!("mount a tmpfs on {}", stage.dir.display());
+    let options = "mode=0711,size=1m,nr_inodes=4096";
+    mount(Some("sysbox-stage"), &stage.dir, Some("tmpfs"), MsFlags::MS_NOSUID, Some(options)).attempt(shown)?;
+    for dir in ["rootfs", "binds", "dev"] {
+        let mut builder = std::fs::DirBuilder::new();
+        builder.mode(0o711);
+        builder.create(stage.dir.join(dir)).named(|| format!("mkdir({dir})")).attempt(shown)?;
+    }
+    Ok(())
+}
+
+/// A detached clone of a source, with its final attributes: nobody ever sees it without them.
+fn clone_source(bind: &Bind, shifter: BorrowedFd<'_>, warnings: &mut Vec<String>) -> Result<OwnedFd> {
+    let depth = match bind.extent {
+        Extent::Mount => Depth::One,
+        Extent::Tree => Depth::Tree,
+    };
+    let shown = || format!("bind source {}", bind.source.display());
+    let clone = m::clone_tree(&bind.source, depth).attempt(shown)?;
+    if bind.shift != Shift::Never {
+        // Submounts are shifted with the top where all of them can be; where one cannot, the top alone.
+        let shifted = m::set_idmap(clone.as_fd(), shifter, depth)
+            .or_else(|error| if depth == Depth::Tree { m::set_idmap(clone.as_fd(), shifter, Depth::One) } else { Err(error) });
+        match shifted {
+            Ok(()) => {}
+            Err(source) if bind.shift == Shift::Must => {
+                return Err(ApplyError::NoShift { path: bind.source.clone(), source });
+            }
+            Err(error) => warnings.push(format!(
+                "bind source {}: its file system cannot shift ids ({error}); its files will belong to nobody inside",
+                bind.source.display()
+            )),
+        }
+    }
+    m::add_attributes(clone.as_fd(), attributes(bind.top), Depth::One).attempt(shown)?;
+    m::add_attributes(clone.as_fd(), attributes(bind.tree), Depth::Tree).attempt(shown)?;
+    Ok(clone)
+}
+
+struct Base<'a> {
+    plan: &'a Plan,
+    stage: &'a Stage,
+    map: &'a IdMap,
+    facts: &'a HostFacts,
+    shifter: BorrowedFd<'a>,
+}
+
+impl Base<'_> {
+    /// The rootfs from a directory: a clone, shifted unless the ids on disk are the container's.
+    fn directory(&self, rootfs: &Path) -> Result<OwnedFd> {
+        let clone = m::clone_tree(rootfs, Depth::Tree).attempt(|| format!("clone rootfs {}", rootfs.display()))?;
+        if self.plan.root.shift != Shift::Never {
+            m::set_idmap(clone.as_fd(), self.shifter, Depth::One)
+                .map_err(|source| ApplyError::NoRootShift { path: rootfs.to_owned(), source })?;
+        }
+        Ok(clone)
+    }
+
+    /// The rootfs from an engine's overlay: a second overlay over shifted clones of the same layers, the upper one
+    /// included, with a work directory of its own (docs/decisions/0002-rootfs.md).
+    fn overlay(&self, overlay: &Overlay, rootfs: &Path) -> Result<OwnedFd> {
+        let layers = self.stage.dir.join("layers");
+        let shown = || format!("stage the layers of {}", rootfs.display());
+        std::fs::create_dir(&layers).named(|| "mkdir(layers)".to_owned()).attempt(shown)?;
+        let fs = FsContext::open("overlay").attempt(shown)?;
+        // Kernels before 6.13 take no descriptors, and only clones that are attached in this namespace; so all are.
+        let mut held = Vec::new();
+        for (number, lower) in overlay.lowers.iter().enumerate() {
+            let real = lower.canonicalize().named(|| format!("realpath({})", lower.display())).attempt(shown)?;
+            let clone = self.attach_layer(&layers, number, &real)?;
+            self.set_layer(&fs, "lowerdir+", clone.as_fd()).attempt(|| format!("overlay layer {}", lower.display()))?;
+            held.push(clone);
+        }
+        // Upper and work must lie on one mount, so it is their parent that is cloned.
+        let home = overlay.upper.parent().unwrap_or(Path::new("/"));
+        let own_work = home.join("sysbox-work");
+        match std::fs::DirBuilder::new().mode(0o700).create(&own_work) {
+            Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+                return Err(error).named(|| format!("mkdir({})", own_work.display())).attempt(shown);
+            }
+            _ => {}
+        }
+        let clone = self.attach_layer(&layers, overlay.lowers.len(), home)?;
+        let path_only = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let name = overlay.upper.file_name().unwrap_or_default();
+        let upper = nix::fcntl::openat(&clone, name, path_only, Mode::empty()).attempt(shown)?;
+        let work = nix::fcntl::openat(&clone, "sysbox-work", path_only, Mode::empty()).attempt(shown)?;
+        self.set_layer(&fs, "upperdir", upper.as_fd()).attempt(shown)?;
+        self.set_layer(&fs, "workdir", work.as_fd()).attempt(shown)?;
+        // The kernel makes the work directory's inside as the caller's file system ids; host root has none in there.
+        creds::with_fs_ids(self.map.root_uid(), self.map.root_gid(), || fs.create())
+            .and_then(|created| created)
+            .attempt(|| format!("mount the shifted overlay of {}", rootfs.display()))?;
+        let mounted = fs.mount(m::Attributes::default()).attempt(shown)?;
+        if m::is_read_only(&mounted).attempt(shown)? {
+            return Err(ApplyError::SilentlyReadOnly { path: rootfs.to_owned() });
+        }
+        Ok(mounted)
+    }
+
+    fn set_layer(&self, fs: &FsContext, key: &str, layer: BorrowedFd<'_>) -> sysbox_sys::Result<()> {
+        if self.facts.overlay_by_descriptor {
+            fs.set_descriptor(key, layer)
+        } else {
+            fs.set_text(key, &proc_path(layer).to_string_lossy())
+        }
+    }
+
+    /// A shifted clone of `path`, attached below `layers` and opened there.
+    fn attach_layer(&self, layers: &Path, number: usize, path: &Path) -> Result<OwnedFd> {
+        let shown = || format!("shift layer {}", path.display());
+        let clone = m::clone_tree(path, Depth::One).attempt(shown)?;
+        m::set_idmap(clone.as_fd(), self.shifter, Depth::One)
+            .map_err(|source| ApplyError::NoRootShift { path: path.to_owned(), source })?;
+        let point = layers.join(number.to_string());
+        std::fs::create_dir(&point).named(|| format!("mkdir({})", point.display())).attempt(shown)?;
+        let target = File::open(&point).named(|| format!("open({})", point.display())).attempt(shown)?;
+        m::attach(clone.as_fd(), target.as_fd()).attempt(shown)?;
+        Ok(clone)
+    }
+
+    /// Opens a mount target in the rootfs, made as the container's root would where it is missing.
+    fn make_target(&self, staged: &mut Staged, target: &Target) -> Result<OwnedFd> {
+        let kind = match target.kind {
+            TargetKind::Directory => Kind::Directory,
+            TargetKind::File => Kind::File,
+        };
+        let shown = || format!("mount point {}", target.path.display());
+        let (uid, gid) = self.disk_ids();
+        let made = creds::with_fs_ids(uid, gid, || make_in_root(staged.rootfs.as_fd(), &target.path, kind))
+            .and_then(|made| made)
+            .attempt(shown)?;
+        staged.journal.created.extend(made.created);
+        Ok(made.fd)
+    }
+
+    /// The file system ids with which the container's root acts from here, shifted mount or not.
+    fn disk_ids(&self) -> (u32, u32) {
+        (self.map.root_uid(), self.map.root_gid())
+    }
+
+    /// A mount point pins its parents' dentries; were one of them only in a lower layer, the engine's overlay could later
+    /// copy it up beneath us, and the container could not create in it any more (docs/decisions/0002-rootfs.md).
+    fn copy_up_parents(&self, staged: &Staged, path: &Path, survey: &Survey) -> Result<()> {
+        let Ground::Overlay(overlay) = &survey.ground else { return Ok(()) };
+        let (uid, gid) = self.disk_ids();
+        for parent in path.ancestors().skip(1) {
+            let inside = parent.strip_prefix("/").unwrap_or(parent);
+            // A look at the disk is cheaper than a copy-up that is not needed.
+            if overlay.upper.join(inside).is_dir() {
+                continue;
+            }
+            let shown = || format!("copy up {}", parent.display());
+            let dir = open_in_root(staged.rootfs.as_fd(), parent, OFlag::O_RDONLY | OFlag::O_DIRECTORY).attempt(shown)?;
+            let mode = Mode::from_bits_truncate(fstat(&dir).attempt(shown)?.st_mode & 0o7777);
+            creds::with_fs_ids(uid, gid, || nix::sys::stat::fchmod(&dir, mode)).attempt(shown)?.attempt(shown)?;
+        }
+        Ok(())
+    }
+
+    fn attach_staged(&self, number: usize, is_directory: bool, clone: BorrowedFd<'_>) -> Result<()> {
+        let point = self.stage.bind(number);
+        let shown = || format!("stage {}", point.display());
+        let made = if is_directory { std::fs::create_dir(&point) } else { File::create(&point).map(drop) };
+        made.named(|| format!("create({})", point.display())).attempt(shown)?;
+        let target = nix::fcntl::open(&point, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).attempt(shown)?;
+        m::attach(clone, target.as_fd()).attempt(shown)
+    }
+
+    /// A data root from the container's own layer: the directory on disk that holds it, shifted, for an inner engine to
+    /// use as the real file system that it is (docs/decisions/0003-data-roots.md).
+    fn layer_root(&self, staged: &mut Staged, overlay: &Overlay, path: &Path) -> Result<OwnedFd> {
+        let shown = || format!("data root {}", path.display());
+        let point = self.make_target(staged, &Target { path: path.to_owned(), kind: TargetKind::Directory })?;
+        let inside = path.strip_prefix("/").unwrap_or(path);
+        let upper_root = File::open(&overlay.upper).named(|| "open(upper)".to_owned()).attempt(shown)?;
+        let no_links = nix::fcntl::OpenHow::new()
+            .flags(OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC)
+            .resolve(nix::fcntl::ResolveFlag::RESOLVE_BENEATH | nix::fcntl::ResolveFlag::RESOLVE_NO_SYMLINKS);
+        let open = || nix::fcntl::openat2(&upper_root, inside, no_links);
+        let on_disk = match open() {
+            Err(Errno::ENOENT) => {
+                // Only in a lower layer: setting the mode it has copies the directory up.
+                let readable = open_in_root(point.as_fd(), Path::new("/"), OFlag::O_RDONLY | OFlag::O_DIRECTORY);
+                let readable = readable.attempt(shown)?;
+                let mode = Mode::from_bits_truncate(fstat(&readable).attempt(shown)?.st_mode & 0o7777);
+                let (uid, gid) = self.disk_ids();
+                creds::with_fs_ids(uid, gid, || nix::sys::stat::fchmod(&readable, mode)).attempt(shown)?.attempt(shown)?;
+                open().attempt(shown)?
+            }
+            other => other.attempt(shown)?,
+        };
+        let clone = m::clone_fd(on_disk.as_fd(), Depth::One).attempt(shown)?;
+        if self.plan.root.shift != Shift::Never {
+            m::set_idmap(clone.as_fd(), self.shifter, Depth::One).attempt(shown)?;
+        }
+        Ok(clone)
+    }
+
+    /// Hides a path of the rootfs for good: a directory under an empty read-only tmpfs, a file under /dev/null.
+    fn mask(&self, staged: &Staged, path: &Path) -> Result<()> {
+        let shown = || format!("mask {}", path.display());
+        let target = match open_in_root(staged.rootfs.as_fd(), path, OFlag::O_PATH) {
+            Err(error) if matches!(error.errno, Errno::ENOENT | Errno::ENOTDIR) => return Ok(()),
+            other => other.attempt(shown)?,
+        };
+        let mode = SFlag::from_bits_truncate(fstat(&target).attempt(shown)?.st_mode & SFlag::S_IFMT.bits());
+        let cover = if mode == SFlag::S_IFDIR {
+            let fs = FsContext::open("tmpfs").attempt(shown)?;
+            fs.set_text("mode", "0555").attempt(shown)?;
+            fs.set_text("size", "4k").attempt(shown)?;
+            fs.create().attempt(shown)?;
+            let attributes = m::Attributes { read_only: true, nosuid: true, nodev: true, noexec: true };
+            fs.mount(attributes).attempt(shown)?
+        } else {
+            let clone = m::clone_tree(Path::new("/dev/null"), Depth::One).attempt(shown)?;
+            let attributes = m::Attributes { read_only: true, nosuid: true, noexec: true, nodev: false };
+            m::add_attributes(clone.as_fd(), attributes, Depth::One).attempt(shown)?;
+            clone
+        };
+        m::attach(cover.as_fd(), target.as_fd()).attempt(shown)
+    }
+
+    /// A /dev with nodes that belong to the container's root, laid over the host's in this namespace: libcontainer binds
+    /// its devices from the host's paths and so takes these.
+    fn devices(&self) -> Result<()> {
+        let dev = self.stage.dir.join("dev");
+        let shown = || "stage the devices".to_owned();
+        let options = "mode=0755,size=64k,nr_inodes=4096";
+        mount(Some("sysbox-dev"), &dev, Some("tmpfs"), MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC, Some(options))
+            .attempt(shown)?;
+        for node in &self.plan.nodes {
+            make_node(&dev, node)?;
+        }
+        let clone = m::clone_tree(&dev, Depth::One).attempt(shown)?;
+        let target = nix::fcntl::openat(AT_FDCWD, "/dev", OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty());
+        m::attach(clone.as_fd(), target.attempt(shown)?.as_fd()).attempt(shown)
+    }
+}
+
+fn make_node(dev: &Path, node: &Node) -> Result<()> {
+    let shown = || format!("device {}", node.path.display());
+    let path = dev.join(node.path.strip_prefix("/dev").unwrap_or(&node.path));
+    if let Some(parent) = path.parent() {
+        std::fs::create_dir_all(parent).named(|| format!("mkdir({})", parent.display())).attempt(shown)?;
+    }
+    let kind = match node.typ {
+        LinuxDeviceType::B => SFlag::S_IFBLK,
+        LinuxDeviceType::P => SFlag::S_IFIFO,
+        _ => SFlag::S_IFCHR,
+    };
+    let number = makedev(u64::from(node.major), u64::from(node.minor));
+    mknod(&path, kind, Mode::from_bits_truncate(node.mode), number).attempt(shown)?;
+    // On our own tmpfs: the umask of the engine is not the container's.
+    let mode = std::fs::Permissions::from_mode(node.mode);
+    std::fs::set_permissions(&path, mode).named(|| "chmod".to_owned()).attempt(shown)?;
+    chown(&path, Some(Uid::from_raw(node.uid)), Some(Gid::from_raw(node.gid))).attempt(shown)
+}

@@ -1,0 +1,257 @@
+//! The bundle on disk: reads config.json and refuses what no runtime could run, naming the place by JSON pointer.
+//! Knows nothing of this host.
+
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{LinuxNamespaceType, Process, Spec};
+
+/// A config.json above this many bytes is refused unread.
+const MAX_CONFIG: u64 = 16 * 1024 * 1024;
+
+#[derive(Debug, thiserror::Error)]
+pub enum BundleError {
+    #[error("bundle {}: {source}", path.display())]
+    Directory { path: PathBuf, source: std::io::Error },
+    #[error("JSON specification file {} not found", path.display())]
+    NoConfig { path: PathBuf },
+    #[error("read {}: {source}", path.display())]
+    Read { path: PathBuf, source: std::io::Error },
+    #[error("{} is over {MAX_CONFIG} bytes", path.display())]
+    TooLong { path: PathBuf },
+    #[error("{}: {pointer}: {source}", path.display())]
+    Parse { path: PathBuf, pointer: String, source: serde_json::Error },
+    #[error("{pointer}: {why}")]
+    Invalid { pointer: &'static str, why: String },
+    #[error("rootfs {}: {why}", path.display())]
+    Rootfs { path: PathBuf, why: String },
+}
+
+/// A checked bundle.
+#[derive(Debug)]
+pub struct Bundle {
+    /// Absolute, links resolved.
+    pub dir: PathBuf,
+    /// Absolute; a directory and not a link.
+    pub rootfs: PathBuf,
+    pub spec: Spec,
+}
+
+/// Reads and checks the bundle at `dir`.
+///
+/// # Errors
+/// See [`BundleError`]; nothing has been done yet when it is returned.
+pub fn read(dir: &Path) -> Result<Bundle, BundleError> {
+    let dir = dir.canonicalize().map_err(|source| BundleError::Directory { path: dir.to_owned(), source })?;
+    let spec: Spec = read_json(&dir.join("config.json"))?;
+    check(&spec)?;
+    let rootfs = rootfs_of(&dir, &spec)?;
+    Ok(Bundle { dir, rootfs, spec })
+}
+
+/// Reads a process document, as `exec --process` takes it.
+///
+/// # Errors
+/// As [`read`].
+pub fn read_process(path: &Path) -> Result<Process, BundleError> {
+    let process: Process = read_json(path)?;
+    check_process(&process)?;
+    Ok(process)
+}
+
+fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, BundleError> {
+    let path = path.to_owned();
+    let length = match std::fs::metadata(&path) {
+        Ok(facts) => facts.len(),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(BundleError::NoConfig { path }),
+        Err(source) => return Err(BundleError::Read { path, source }),
+    };
+    if length > MAX_CONFIG {
+        return Err(BundleError::TooLong { path });
+    }
+    let text = std::fs::read(&path).map_err(|source| BundleError::Read { path: path.clone(), source })?;
+    let mut reader = serde_json::Deserializer::from_slice(&text);
+    let parsed = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
+        let pointer = pointer_of(error.path());
+        BundleError::Parse { path: path.clone(), pointer, source: error.into_inner() }
+    })?;
+    reader.end().map_err(|source| BundleError::Parse { path, pointer: "/".to_owned(), source })?;
+    Ok(parsed)
+}
+
+/// RFC 6901.
+fn pointer_of(path: &serde_path_to_error::Path) -> String {
+    use serde_path_to_error::Segment;
+    let mut pointer = String::new();
+    for segment in path.iter() {
+        pointer.push('/');
+        match segment {
+            Segment::Seq { index } => pointer.push_str(&index.to_string()),
+            Segment::Map { key } => pointer.push_str(&key.replace('~', "~0").replace('/', "~1")),
+            Segment::Enum { variant } => pointer.push_str(variant),
+            Segment::Unknown => pointer.push('?'),
+        }
+    }
+    if pointer.is_empty() { "/".to_owned() } else { pointer }
+}
+
+fn invalid(pointer: &'static str, why: impl Into<String>) -> BundleError {
+    BundleError::Invalid { pointer, why: why.into() }
+}
+
+fn check(spec: &Spec) -> Result<(), BundleError> {
+    if !spec.version().starts_with("1.") {
+        return Err(invalid("/ociVersion", format!("`{}` is not a version 1 of the specification", spec.version())));
+    }
+    let process = spec.process().as_ref().ok_or_else(|| invalid("/process", "is missing"))?;
+    check_process(process)?;
+    let linux = spec.linux().as_ref().ok_or_else(|| invalid("/linux", "is missing"))?;
+    if spec.root().is_none() {
+        return Err(invalid("/root", "is missing"));
+    }
+    let namespaces = linux.namespaces().as_deref().unwrap_or_default();
+    for (at, namespace) in namespaces.iter().enumerate() {
+        if namespaces[..at].iter().any(|other| other.typ() == namespace.typ()) {
+            return Err(invalid("/linux/namespaces", format!("`{}` is listed twice", namespace.typ())));
+        }
+    }
+    let has = |typ: LinuxNamespaceType| namespaces.iter().any(|namespace| namespace.typ() == typ);
+    if !has(LinuxNamespaceType::Network) {
+        return Err(invalid(
+            "/linux/namespaces",
+            "sysbox containers can't share a network namespace with the host \
+             (because they use the linux user-namespace for isolation)",
+        ));
+    }
+    let shared: Vec<&str> = [
+        (LinuxNamespaceType::Pid, "pid"),
+        (LinuxNamespaceType::Ipc, "ipc"),
+        (LinuxNamespaceType::Uts, "uts"),
+        (LinuxNamespaceType::Mount, "mount"),
+    ]
+    .into_iter()
+    .filter(|(typ, _)| !has(*typ))
+    .map(|(_, name)| name)
+    .collect();
+    if !shared.is_empty() {
+        let why = format!("sysbox containers can't share namespaces {{{}}} with the host", shared.join(" "));
+        return Err(invalid("/linux/namespaces", why));
+    }
+    for (at, mount) in spec.mounts().iter().flatten().enumerate() {
+        let destination = mount.destination();
+        if !destination.is_absolute() {
+            let why = format!("destination of mount {at}, `{}`, is not absolute", destination.display());
+            return Err(invalid("/mounts", why));
+        }
+    }
+    Ok(())
+}
+
+fn check_process(process: &Process) -> Result<(), BundleError> {
+    if process.args().as_ref().is_none_or(Vec::is_empty) {
+        return Err(invalid("/process/args", "must not be empty"));
+    }
+    if !process.cwd().is_absolute() {
+        return Err(invalid("/process/cwd", format!("`{}` is not an absolute path", process.cwd().display())));
+    }
+    let nul = |text: &String| text.contains('\0');
+    if process.args().iter().flatten().any(nul) || process.env().iter().flatten().any(nul) {
+        return Err(invalid("/process", "a NUL byte in args or env"));
+    }
+    Ok(())
+}
+
+fn rootfs_of(dir: &Path, spec: &Spec) -> Result<PathBuf, BundleError> {
+    let named = spec.root().as_ref().map(|root| root.path().clone()).unwrap_or_default();
+    let path = dir.join(named);
+    let wrong = |why: String| BundleError::Rootfs { path: path.clone(), why };
+    let facts = std::fs::symlink_metadata(&path).map_err(|error| wrong(error.to_string()))?;
+    if facts.is_symlink() {
+        return Err(wrong("is a symbolic link; name the directory itself".to_owned()));
+    }
+    if !facts.is_dir() {
+        return Err(wrong("is not a directory".to_owned()));
+    }
+    let path = path.canonicalize().map_err(|error| wrong(error.to_string()))?;
+    if path == Path::new("/") {
+        return Err(wrong("is the root of the host".to_owned()));
+    }
+    Ok(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn good() -> Value {
+        json!({
+            "ociVersion": "1.0.2",
+            "root": {"path": "rootfs"},
+            "process": {"args": ["sh"], "cwd": "/", "user": {"uid": 0, "gid": 0}},
+            "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}],
+            "linux": {"namespaces": [{"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "network"}]},
+        })
+    }
+
+    /// Writes a bundle whose config.json is `config`, reads it, and gives the error text.
+    fn refusal(config: &str) -> String {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("rootfs")).unwrap();
+        std::fs::write(dir.path().join("config.json"), config).unwrap();
+        let shown = format!("{}/", dir.path().canonicalize().unwrap().display());
+        read(dir.path()).map_or_else(|error| error.to_string().replace(&shown, ""), |_| "fine".to_owned())
+    }
+
+    #[test]
+    fn faults_are_named_by_pointer() {
+        let with = |pointer: &str, value: Value| {
+            let mut config = good();
+            *config.pointer_mut(pointer).unwrap() = value;
+            refusal(&config.to_string())
+        };
+        assert_eq!(refusal(&good().to_string()), "fine");
+        for (pointer, value, expected) in [
+            ("/ociVersion", json!("2.0"), "/ociVersion: `2.0` is not a version 1 of the specification"),
+            ("/process/args", json!([]), "/process/args: must not be empty"),
+            ("/process/cwd", json!("x"), "/process/cwd: `x` is not an absolute path"),
+            ("/process/args/0", json!("a\u{0}b"), "/process: a NUL byte in args or env"),
+            ("/linux/namespaces/4", json!({"type": "pid"}), "/linux/namespaces: `pid` is listed twice"),
+            ("/mounts/0/destination", json!("proc"), "/mounts: destination of mount 0, `proc`, is not absolute"),
+            ("/root/path", json!("gone"), "rootfs gone: No such file or directory (os error 2)"),
+            ("/root/path", json!("config.json"), "rootfs config.json: is not a directory"),
+            ("/root/path", json!("/"), "rootfs /: is the root of the host"),
+        ] {
+            assert_eq!(with(pointer, value), expected);
+        }
+    }
+
+    #[test]
+    fn a_wrong_type_is_named_by_pointer_and_place() {
+        let mut config = good();
+        config["mounts"][0]["options"] = json!("ro");
+        let text = refusal(&config.to_string());
+        assert!(text.starts_with("config.json: /mounts/0/options: invalid type: string \"ro\""), "{text}");
+        let text = refusal("{\"ociVersion\": ");
+        assert!(text.contains("EOF while parsing"), "{text}");
+    }
+
+    #[test]
+    fn the_host_network_is_refused_in_words_that_users_know() {
+        let mut config = good();
+        config["linux"]["namespaces"] = json!([{"type": "mount"}, {"type": "network"}]);
+        assert_eq!(
+            refusal(&config.to_string()),
+            "/linux/namespaces: sysbox containers can't share namespaces {pid ipc uts} with the host"
+        );
+        config["linux"]["namespaces"] = json!([{"type": "mount"}]);
+        assert!(refusal(&config.to_string()).contains("can't share a network namespace with the host"));
+    }
+
+    #[test]
+    fn a_rootfs_that_is_a_link_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink("/usr", dir.path().join("rootfs")).unwrap();
+        std::fs::write(dir.path().join("config.json"), good().to_string()).unwrap();
+        assert!(read(dir.path()).unwrap_err().to_string().contains("is a symbolic link"));
+    }
+}

@@ -1,0 +1,476 @@
+//! The container's cgroups: limits on a parent that stays the host's, and below it a child that belongs to the
+//! container's root, in which it may make cgroups of its own (cgroups(7), "delegation").
+
+use std::fs;
+use std::io::ErrorKind;
+use std::os::unix::fs::chown;
+use std::path::{Component, Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use libcgroups::common::{AnyCgroupManager, CgroupConfig, CgroupManager, ControllerOpt, create_cgroup_manager};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use oci_spec::runtime::LinuxResources;
+use serde::{Deserialize, Serialize};
+
+/// The delegated child. On the unified hierarchy init lives one deeper, since a cgroup that hands out controllers holds no
+/// processes.
+const DELEGATED: &str = "syscont";
+const LEAF: &str = "init.scope";
+const ROOT: &str = "/sys/fs/cgroup";
+
+/// What belongs to the container's root in a delegated cgroup; never a limit file (the kernel's list is in
+/// /sys/kernel/cgroup/delegate).
+const OWNED_V1: &[&str] = &["", "cgroup.procs", "tasks", "cgroup.clone_children"];
+const OWNED_V2: &[&str] = &["", "cgroup.procs", "cgroup.threads", "cgroup.subtree_control", "memory.oom.group", "memory.reclaim"];
+
+#[derive(Debug, thiserror::Error)]
+pub enum CgroupError {
+    #[error("cgroup {}: {attempt}: {source}", path.display())]
+    Io { path: PathBuf, attempt: &'static str, source: std::io::Error },
+    #[error("/linux/cgroupsPath: `{}` has `..` in it", path.display())]
+    Path { path: PathBuf },
+    #[error("/linux/resources: {0}")]
+    Limits(String),
+    #[error("cgroup {}: still busy after {seconds} s", path.display())]
+    Busy { path: PathBuf, seconds: u64 },
+}
+
+type Result<T> = std::result::Result<T, CgroupError>;
+
+fn io(path: &Path, attempt: &'static str) -> impl FnOnce(std::io::Error) -> CgroupError {
+    let path = path.to_owned();
+    move |source| CgroupError::Io { path, attempt, source }
+}
+
+/// Where a container's cgroups are; part of its state on disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cgroup {
+    /// The parent that carries the limits, relative to the root of each hierarchy.
+    pub parent: PathBuf,
+    /// Mount points of the hierarchies: one of the unified kind, or several of version 1 (named ones and a unified one
+    /// beside them included).
+    pub hierarchies: Vec<Hierarchy>,
+    /// The scope's path as systemd wants it, where systemd makes it.
+    pub systemd: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hierarchy {
+    pub mount: PathBuf,
+    pub kind: Kind,
+    /// As /proc/PID/cgroup names it: `memory`, `name=systemd`, empty for the unified one.
+    pub name: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    V1,
+    /// Where all controllers are.
+    Unified,
+    /// Beside version 1: it has no controllers that matter.
+    Hybrid,
+}
+
+/// Decides where the container's cgroups are to be. Makes nothing.
+///
+/// # Errors
+/// A path with `..`, or mountinfo not being readable.
+pub fn locate(asked: Option<&Path>, id: &str, systemd: bool) -> Result<Cgroup> {
+    let proc = Path::new("/proc/self/mountinfo");
+    let mountinfo = fs::read_to_string(proc).map_err(io(proc, "read"))?;
+    let hierarchies = hierarchies_in(&mountinfo);
+    let unified = hierarchies.iter().any(|h| h.kind == Kind::Unified);
+    let asked = asked.filter(|path| !path.as_os_str().is_empty());
+    if systemd && unified {
+        let scope = asked.map_or_else(|| PathBuf::from(format!("system.slice:sysbox:{id}")), Path::to_owned);
+        return Ok(Cgroup { parent: PathBuf::new(), hierarchies, systemd: Some(scope) });
+    }
+    let named = asked.map_or_else(|| PathBuf::from(format!("sysbox-{id}")), Path::to_owned);
+    // A systemd-style path on a hierarchy that systemd does not manage for us: `slice:prefix:name`.
+    let named = match named.to_str().map(|text| text.split(':').collect::<Vec<_>>()) {
+        Some(parts) if parts.len() == 3 => PathBuf::from(parts[0]).join(format!("{}-{}.scope", parts[1], parts[2])),
+        _ => named,
+    };
+    if named.components().any(|part| part == Component::ParentDir) {
+        return Err(CgroupError::Path { path: named });
+    }
+    let parent = named.strip_prefix("/").unwrap_or(&named).to_owned();
+    Ok(Cgroup { parent, hierarchies, systemd: None })
+}
+
+fn hierarchies_in(mountinfo: &str) -> Vec<Hierarchy> {
+    let mut found: Vec<Hierarchy> = Vec::new();
+    for line in mountinfo.lines() {
+        let Some((head, tail)) = line.split_once(" - ") else { continue };
+        let Some(point) = head.split(' ').nth(4) else { continue };
+        let fields: Vec<&str> = tail.split(' ').collect();
+        let (fstype, options) = (fields[0], fields.get(2).copied().unwrap_or_default());
+        let (kind, name) = match fstype {
+            "cgroup2" if point == ROOT => (Kind::Unified, String::new()),
+            "cgroup2" => (Kind::Hybrid, String::new()),
+            "cgroup" => (Kind::V1, v1_name(options)),
+            _ => continue,
+        };
+        if Path::new(point).starts_with(ROOT) && !found.iter().any(|h| h.name == name) {
+            found.push(Hierarchy { mount: PathBuf::from(point), kind, name });
+        }
+    }
+    found
+}
+
+/// The controllers (or the name) among a hierarchy's mount options.
+fn v1_name(options: &str) -> String {
+    const NOT_CONTROLLERS: &[&str] = &["rw", "ro", "xattr", "noprefix", "clone_children", "cpuset_v2_mode"];
+    let names = options.split(',').filter(|o| !NOT_CONTROLLERS.contains(o) && !o.starts_with("release_agent="));
+    names.collect::<Vec<_>>().join(",")
+}
+
+impl Cgroup {
+    fn is_unified(&self) -> bool {
+        self.hierarchies.iter().any(|h| h.kind == Kind::Unified)
+    }
+
+    /// The path, relative to each hierarchy, that a new process is put in before it makes its cgroup namespace: the
+    /// namespace's root.
+    pub fn delegated(&self) -> PathBuf {
+        Path::new("/").join(&self.parent).join(DELEGATED)
+    }
+
+    /// Makes parent and child and applies the limits to the parent. This process is put into the hierarchies that
+    /// libcontainer does not know (named and hybrid ones), so that its children are born there.
+    ///
+    /// # Errors
+    /// What the kernel or systemd refuses. [`Cgroup::remove`] takes away what was made.
+    pub fn make(&mut self, resources: &LinuxResources, id: &str) -> Result<()> {
+        let own = Pid::this();
+        if let Some(scope) = self.systemd.clone() {
+            let manager = self.manager(&scope, id, true)?;
+            manager.add_task(nix029::unistd::Pid::from_raw(own.as_raw())).map_err(|error| CgroupError::Limits(error.to_string()))?;
+            self.parent = own_unified_path()?;
+            apply(&manager, resources)?;
+        } else {
+            for hierarchy in &self.hierarchies {
+                make_path(hierarchy, &self.parent)?;
+            }
+            apply(&self.manager(&Path::new("/").join(&self.parent), id, false)?, resources)?;
+        }
+        for hierarchy in &self.hierarchies {
+            make_path(hierarchy, &self.parent.join(DELEGATED))?;
+            let child = hierarchy.mount.join(&self.parent).join(DELEGATED);
+            let enters = match hierarchy.kind {
+                // systemd's scope holds this process, which would keep it from handing out controllers.
+                Kind::Unified => self.systemd.is_some(),
+                Kind::Hybrid => true,
+                Kind::V1 => hierarchy.name.starts_with("name="),
+            };
+            if enters {
+                join(&child, own)?;
+            }
+            if hierarchy.kind == Kind::Unified {
+                enable_controllers(&hierarchy.mount.join(&self.parent))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives the child to the container's root, and on the unified hierarchy moves init to a leaf below it.
+    ///
+    /// # Errors
+    /// `chown`, or the kernel refusing the move.
+    pub fn delegate(&self, init: Pid, uid: u32, gid: u32) -> Result<()> {
+        for hierarchy in &self.hierarchies {
+            let child = hierarchy.mount.join(&self.parent).join(DELEGATED);
+            if hierarchy.kind == Kind::Unified {
+                let leaf = child.join(LEAF);
+                create_dir(&leaf)?;
+                join(&leaf, init)?;
+                enable_controllers(&child)?;
+                own(&leaf, OWNED_V2, uid, gid)?;
+            }
+            own(&child, if hierarchy.kind == Kind::V1 { OWNED_V1 } else { OWNED_V2 }, uid, gid)?;
+        }
+        Ok(())
+    }
+
+    /// Where libcontainer is to put a later process: with init, wherever it went.
+    ///
+    /// # Errors
+    /// Init being gone.
+    pub fn path_for_exec(&self, init: Pid) -> Result<PathBuf> {
+        if !self.is_unified() {
+            return Ok(self.delegated());
+        }
+        let paths = paths_of(init)?;
+        Ok(paths.into_iter().find(|(name, _)| name.is_empty()).map_or_else(|| self.delegated(), |(_, path)| path))
+    }
+
+    /// Moves a process to where init is now, hierarchy by hierarchy.
+    ///
+    /// # Errors
+    /// Init being gone, or the kernel refusing a move.
+    pub fn follow(&self, init: Pid, pid: Pid) -> Result<()> {
+        let (theirs, ours) = (paths_of(init)?, paths_of(pid)?);
+        for hierarchy in &self.hierarchies {
+            let path_in = |paths: &[(String, PathBuf)]| {
+                paths.iter().find(|(name, _)| *name == hierarchy.name).map(|(_, path)| path.clone())
+            };
+            let Some(wanted) = path_in(&theirs) else { continue };
+            if path_in(&ours).as_ref() != Some(&wanted) {
+                join(&hierarchy.mount.join(wanted.strip_prefix("/").unwrap_or(&wanted)), pid)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Every process below the parent, in any hierarchy.
+    pub fn processes(&self) -> Vec<Pid> {
+        let mut all = Vec::new();
+        for hierarchy in &self.hierarchies {
+            if !self.parent.as_os_str().is_empty() {
+                collect_processes(&hierarchy.mount.join(&self.parent), &mut all);
+            }
+        }
+        all.sort_unstable();
+        all.dedup();
+        all
+    }
+
+    /// Ends every process in the container's cgroups but this one.
+    pub fn kill_all(&self) {
+        for pid in self.processes() {
+            if pid != Pid::this() {
+                // Gone already is as good.
+                let _gone = kill(pid, Signal::SIGKILL);
+            }
+        }
+    }
+
+    /// Removes parent, child and whatever the container made below, deepest first. Waits for dying processes.
+    /// All hierarchies are tried; returns what failed.
+    pub fn remove(&self, id: &str) -> Vec<CgroupError> {
+        const LIMIT: Duration = Duration::from_secs(10);
+        let mut failures = Vec::new();
+        if self.parent.as_os_str().is_empty() {
+            return failures;
+        }
+        let deadline = Instant::now() + LIMIT;
+        for hierarchy in &self.hierarchies {
+            let path = hierarchy.mount.join(&self.parent);
+            let mut pause = Duration::from_micros(200);
+            loop {
+                match remove_tree(&path) {
+                    Ok(()) => break,
+                    Err(error) if error.raw_os_error() == Some(libc::EBUSY) && Instant::now() < deadline => {
+                        std::thread::sleep(pause);
+                        pause = (pause * 2).min(Duration::from_millis(50));
+                    }
+                    Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
+                        failures.push(CgroupError::Busy { path: path.clone(), seconds: LIMIT.as_secs() });
+                        break;
+                    }
+                    Err(source) => {
+                        failures.push(CgroupError::Io { path: path.clone(), attempt: "remove", source });
+                        break;
+                    }
+                }
+            }
+        }
+        if let Some(scope) = &self.systemd {
+            let stopped = self.manager(scope, id, true).map(|manager| manager.remove());
+            if let Ok(Err(error)) = stopped {
+                tracing::debug!(%error, "systemd had removed the scope by itself");
+            }
+        }
+        failures
+    }
+
+    fn manager(&self, path: &Path, id: &str, systemd: bool) -> Result<AnyCgroupManager> {
+        let config = CgroupConfig { cgroup_path: path.to_owned(), systemd_cgroup: systemd, container_name: id.to_owned() };
+        create_cgroup_manager(config).map_err(|error| CgroupError::Limits(error.to_string()))
+    }
+}
+
+/// Puts this process back where it was before [`Cgroup::make`], so that it neither counts nor holds anything there.
+#[derive(Debug)]
+pub struct Whence {
+    paths: Vec<(String, PathBuf)>,
+}
+
+impl Whence {
+    /// # Errors
+    /// /proc not being readable.
+    pub fn remember() -> Result<Self> {
+        Ok(Self { paths: paths_of(Pid::this())? })
+    }
+
+    /// Returns what failed.
+    pub fn go_back(&self, cgroup: &Cgroup) -> Vec<CgroupError> {
+        let Ok(now) = paths_of(Pid::this()) else { return Vec::new() };
+        let mut failures = Vec::new();
+        for hierarchy in &cgroup.hierarchies {
+            let path_in = |paths: &[(String, PathBuf)]| {
+                paths.iter().find(|(name, _)| *name == hierarchy.name).map(|(_, path)| path.clone())
+            };
+            let Some(before) = path_in(&self.paths) else { continue };
+            if path_in(&now).as_ref() != Some(&before) {
+                let target = hierarchy.mount.join(before.strip_prefix("/").unwrap_or(&before));
+                failures.extend(join(&target, Pid::this()).err());
+            }
+        }
+        failures
+    }
+}
+
+fn apply(manager: &AnyCgroupManager, resources: &LinuxResources) -> Result<()> {
+    let options = ControllerOpt { resources, disable_oom_killer: false, oom_score_adj: None, freezer_state: None };
+    manager.apply(&options).map_err(|error| CgroupError::Limits(error.to_string()))
+}
+
+fn own_unified_path() -> Result<PathBuf> {
+    let paths = paths_of(Pid::this())?;
+    let path = paths.into_iter().find(|(name, _)| name.is_empty()).map(|(_, path)| path).unwrap_or_default();
+    Ok(path.strip_prefix("/").unwrap_or(&path).to_owned())
+}
+
+/// /proc/PID/cgroup: hierarchy name and path.
+fn paths_of(pid: Pid) -> Result<Vec<(String, PathBuf)>> {
+    let path = PathBuf::from(format!("/proc/{pid}/cgroup"));
+    let text = fs::read_to_string(&path).map_err(io(&path, "read"))?;
+    let parse = |line: &str| {
+        let mut fields = line.splitn(3, ':').skip(1);
+        Some((fields.next()?.to_owned(), PathBuf::from(fields.next()?)))
+    };
+    Ok(text.lines().filter_map(parse).collect())
+}
+
+fn create_dir(path: &Path) -> Result<()> {
+    match fs::create_dir(path) {
+        Err(error) if error.kind() != ErrorKind::AlreadyExists => Err(io(path, "mkdir")(error)),
+        _ => Ok(()),
+    }
+}
+
+/// Makes `path` step by step: a new cpuset has no cpus until it is told, a unified cgroup no controllers until its parent
+/// hands them out.
+fn make_path(hierarchy: &Hierarchy, path: &Path) -> Result<()> {
+    let mut here = hierarchy.mount.clone();
+    for part in path.components() {
+        if hierarchy.kind == Kind::Unified {
+            enable_controllers(&here)?;
+        }
+        let parent = here.clone();
+        here.push(part);
+        create_dir(&here)?;
+        if hierarchy.name.split(',').any(|name| name == "cpuset") {
+            for file in ["cpuset.cpus", "cpuset.mems"] {
+                inherit(&parent.join(file), &here.join(file))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn inherit(from: &Path, to: &Path) -> Result<()> {
+    let own = fs::read_to_string(to).map_err(io(to, "read"))?;
+    if own.trim().is_empty() {
+        let value = fs::read_to_string(from).map_err(io(from, "read"))?;
+        fs::write(to, value.trim()).map_err(io(to, "write"))?;
+    }
+    Ok(())
+}
+
+/// Hands out every controller that a cgroup has. One that cannot be handed out (`cpu` with real-time processes about) is
+/// left: what needs it will say so.
+fn enable_controllers(path: &Path) -> Result<()> {
+    let file = path.join("cgroup.controllers");
+    let has = fs::read_to_string(&file).map_err(io(&file, "read"))?;
+    let control = path.join("cgroup.subtree_control");
+    let enabled = fs::read_to_string(&control).map_err(io(&control, "read"))?;
+    for controller in has.split_whitespace().filter(|c| !enabled.split_whitespace().any(|e| e == *c)) {
+        if let Err(error) = fs::write(&control, format!("+{controller}")) {
+            tracing::debug!(cgroup = %path.display(), controller, %error, "controller not handed out");
+        }
+    }
+    Ok(())
+}
+
+fn join(path: &Path, pid: Pid) -> Result<()> {
+    let file = path.join("cgroup.procs");
+    fs::write(&file, pid.to_string()).map_err(io(&file, "join"))
+}
+
+fn own(path: &Path, files: &[&str], uid: u32, gid: u32) -> Result<()> {
+    for file in files {
+        let path = if file.is_empty() { path.to_owned() } else { path.join(file) };
+        match chown(&path, Some(uid), Some(gid)) {
+            // Which files there are depends on kernel and controller.
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            other => other.map_err(io(&path, "chown"))?,
+        }
+    }
+    Ok(())
+}
+
+fn collect_processes(path: &Path, all: &mut Vec<Pid>) {
+    let Ok(text) = fs::read_to_string(path.join("cgroup.procs")) else { return };
+    all.extend(text.lines().filter_map(|line| line.parse().ok()).map(Pid::from_raw));
+    let Ok(entries) = fs::read_dir(path) else { return };
+    for entry in entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
+        collect_processes(&entry.path(), all);
+    }
+}
+
+fn remove_tree(path: &Path) -> std::io::Result<()> {
+    match fs::read_dir(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+        Ok(entries) => {
+            for entry in entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
+                remove_tree(&entry.path())?;
+            }
+        }
+    }
+    match fs::remove_dir(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shown(mountinfo: &str) -> Vec<(String, Kind, String)> {
+        hierarchies_in(mountinfo).into_iter().map(|h| (h.mount.display().to_string(), h.kind, h.name)).collect()
+    }
+
+    #[test]
+    fn hierarchies_are_told_apart() {
+        let hybrid = "1 0 0:1 / /sys/fs/cgroup rw - tmpfs tmpfs rw\n\
+                      2 1 0:2 / /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct\n\
+                      3 1 0:3 / /sys/fs/cgroup/systemd rw - cgroup cgroup rw,xattr,name=systemd\n\
+                      4 1 0:4 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n\
+                      5 1 0:2 / /elsewhere rw - cgroup cgroup rw,memory\n";
+        assert_eq!(
+            shown(hybrid),
+            [
+                ("/sys/fs/cgroup/cpu,cpuacct".to_owned(), Kind::V1, "cpu,cpuacct".to_owned()),
+                ("/sys/fs/cgroup/systemd".to_owned(), Kind::V1, "name=systemd".to_owned()),
+                ("/sys/fs/cgroup/unified".to_owned(), Kind::Hybrid, String::new()),
+            ]
+        );
+        let unified = "2 1 0:2 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw,nsdelegate\n";
+        assert_eq!(shown(unified), [("/sys/fs/cgroup".to_owned(), Kind::Unified, String::new())]);
+    }
+
+    #[test]
+    fn the_path_that_an_engine_asks_for_is_the_parent() {
+        let parent = |asked: &str| locate(Some(Path::new(asked)), "c", false).map(|cgroup| cgroup.parent);
+        assert_eq!(parent("/docker/c").unwrap(), Path::new("docker/c"));
+        assert_eq!(parent("").unwrap(), Path::new("sysbox-c"));
+        assert_eq!(parent("system.slice:docker:c").unwrap(), Path::new("system.slice/docker-c.scope"));
+        assert!(matches!(parent("/docker/../../x"), Err(CgroupError::Path { .. })));
+    }
+}

@@ -1,0 +1,250 @@
+//! `create`: from a bundle to a container whose init waits for `start`. The main path of ARCHITECTURE.md, step by step;
+//! what is done is noted in an [`Undo`] and taken back if a later step fails.
+
+use std::os::unix::fs::MetadataExt;
+use std::rc::Rc;
+
+use anyhow::{Context, Result, anyhow};
+use nix::sched::{CloneFlags, setns};
+use nix::unistd::Pid;
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use sysbox_ipc::mgr::{FileId, Grant, Process, Register, Rootfs};
+
+use super::{Call, write_pid_file};
+use crate::apply::{self, Staged};
+use crate::bundle::{self, Bundle};
+use crate::cgroup::{Cgroup, Whence, locate};
+use crate::cli::CreateArgs;
+use crate::daemons::{Fs, Mgr};
+use crate::filter::{self, Filter};
+use crate::init::{Init, Role, own_stdio};
+use crate::launch::Launch;
+use crate::limits::{self, Raise};
+use crate::plan::{self, Plan, Stage};
+use crate::sink::Sink;
+use crate::state::{Home, State};
+use crate::survey::{self, Ground, Survey};
+use crate::undo::{Undo, told};
+
+/// Creates the container.
+///
+/// # Errors
+/// The first thing that failed; everything done until then has been taken back, or is named with it.
+pub fn create(call: &Call<'_>, args: &CreateArgs) -> Result<(Home, State)> {
+    let home = call.home(&args.id)?;
+    let mut undo = Undo::default();
+    match attempt(call, args, &home, &mut undo) {
+        Ok(state) => {
+            undo.forget();
+            Ok((home, state))
+        }
+        Err(error) => {
+            for failure in undo.run() {
+                call.log.warn(&format!("cleaning up after a failed create: {failure}"));
+            }
+            Err(error)
+        }
+    }
+}
+
+fn attempt<'a>(call: &Call<'_>, args: &CreateArgs, home: &'a Home, undo: &mut Undo<'a>) -> Result<State> {
+    // Everything that can be wrong with the request is found before the first side effect.
+    let bundle = bundle::read(&args.bundle)?;
+    let survey = survey::look(&bundle)?;
+    let own_map = plan::own_map(&bundle.spec)?;
+    let register = register(home, &bundle, &survey, own_map)?;
+    let mgr = Rc::new(Mgr::connect(&call.global.run_dir)?);
+    let fs = Rc::new(Fs::connect(&call.global.run_dir)?);
+
+    home.create()?;
+    undo.push(|| told(home.remove()));
+    let grant = mgr.register(register)?;
+    let released = Rc::clone(&mgr);
+    undo.push(move || told(released.release(&home.key)));
+    let prepared = fs.prepare(&home.key, &grant)?;
+    let unregistered = Rc::clone(&fs);
+    undo.push(move || told(unregistered.unregister(&home.key)));
+
+    let stage = Stage::below(&call.global.run_dir);
+    let plan = plan::plan(&bundle, &survey, &grant, &stage, &prepared)?;
+    for warning in &plan.warnings {
+        call.log.warn(warning);
+    }
+    let filter = plan.seccomp.as_ref().map(filter::compile).transpose()?;
+    let asked = bundle.spec.linux().as_ref().and_then(|linux| linux.cgroups_path().clone());
+    let cgroup = locate(asked.as_deref(), &args.id, call.global.systemd_cgroup)?;
+    let mut state = state_of(home, &bundle, &grant, cgroup)?;
+    // From here on a `delete --force` after our death finds what to take away.
+    home.save(&state)?;
+
+    apply::enter_private_namespace()?;
+    let spec = join_given_namespaces(plan.spec.clone(), &grant)?;
+    let staged = apply::apply(&plan, &survey, &stage, &bundle.rootfs, &grant.id_map, &grant.facts)?;
+    for warning in &staged.warnings {
+        call.log.warn(warning);
+    }
+    let launched = launch(call, args, home, &bundle, &plan, filter, &grant, &mut state, spec);
+    let init = match launched {
+        Ok(init) => init,
+        Err(error) => return Err(give_up(call, staged, error)),
+    };
+    if matches!(survey.ground, Ground::Overlay(_)) {
+        crate::overlay::flush(&bundle.rootfs);
+    }
+    let cgroup = state.cgroup.clone();
+    undo.push(move || {
+        cgroup.kill_all();
+        cgroup.remove(home.key.id.as_str()).iter().map(ToString::to_string).collect()
+    });
+    mgr.started(&home.key, init)?;
+    fs.register(&home.key, init)?;
+    state.init = Some(init);
+    home.save(&state)?;
+    if let Some(path) = &args.pid_file {
+        write_pid_file(path, init.pid)?;
+    }
+    Ok(state)
+}
+
+/// The mount points made in the rootfs go as well: a failed create leaves a layer as it found it.
+fn give_up(call: &Call<'_>, staged: Staged, error: anyhow::Error) -> anyhow::Error {
+    for failure in staged.undo() {
+        call.log.warn(&format!("cleaning up after a failed create: {failure}"));
+    }
+    error
+}
+
+#[allow(clippy::too_many_arguments)] // the last stretch of one path, split off to be undone as a whole
+fn launch(
+    call: &Call<'_>,
+    args: &CreateArgs,
+    home: &Home,
+    bundle: &Bundle,
+    plan: &Plan,
+    filter: Option<Filter>,
+    grant: &Grant,
+    state: &mut State,
+    spec: Spec,
+) -> Result<Process> {
+    home.save_spec(&spec)?;
+    home.save_filter(filter.as_ref())?;
+    let whence = Whence::remember()?;
+    let made = state.cgroup.make(&plan.resources, &args.id).map_err(anyhow::Error::from).and_then(|()| {
+        // The parent is known only now where systemd chose it.
+        home.save(state)?;
+        let map = &grant.id_map;
+        let (uid, gid) = (map.host_uid(plan.entry.uid), map.host_gid(plan.entry.gid));
+        own_stdio(uid.unwrap_or(map.root_uid()), gid.unwrap_or(map.root_gid())).context("give stdio to the container")?;
+        let sink = Rc::new(Sink::open().context("pipe for errors")?);
+        let keyring = (!args.no_new_keyring).then(|| format!("_ses.{}", args.id));
+        let init = Init::new(plan.entry.clone(), filter, Role::First, keyring, sink);
+        let launch = Launch {
+            id: &args.id,
+            bundle: &bundle.dir,
+            dir: &home.dir,
+            spec,
+            rootfs: Stage::below(&call.global.run_dir).rootfs(),
+            cgroup: state.cgroup.delegated(),
+            console_socket: args.console_socket.as_deref(),
+            preserve_fds: args.preserve_fds,
+            no_pivot: args.no_pivot,
+            init,
+        };
+        Ok(launch.create()?)
+    });
+    for failure in whence.go_back(&state.cgroup) {
+        call.log.warn(&format!("leaving the container's cgroup: {failure}"));
+    }
+    let finished = made.and_then(|init| {
+        let pid = Pid::from_raw(init.pid);
+        state.cgroup.delegate(pid, grant.id_map.root_uid(), grant.id_map.root_gid())?;
+        let raise = if grant.facts.raise_rlimits { Raise::Yes } else { Raise::No };
+        limits::apply(init.pid, &plan.limits, raise)?;
+        if let Some(score) = plan.oom_score_adj {
+            limits::oom_score(init.pid, score)?;
+        }
+        Ok(init)
+    });
+    if finished.is_err() {
+        state.cgroup.kill_all();
+        for failure in state.cgroup.remove(&args.id) {
+            call.log.warn(&format!("cleaning up after a failed create: {failure}"));
+        }
+    }
+    finished
+}
+
+fn register(
+    home: &Home,
+    bundle: &Bundle,
+    survey: &Survey,
+    id_map: Option<sysbox_ipc::IdMap>,
+) -> Result<Register> {
+    let netns = plan::netns_path(&bundle.spec).map(|path| {
+        let facts = std::fs::metadata(path).with_context(|| format!("network namespace {}", path.display()))?;
+        anyhow::Ok(FileId { dev: facts.dev(), ino: facts.ino() })
+    });
+    Ok(Register {
+        key: home.key.clone(),
+        bundle: bundle.dir.clone(),
+        runtime: sysbox_sys::process::myself()?,
+        rootfs: match &survey.ground {
+            Ground::Overlay(overlay) => Rootfs::Overlay { merged: bundle.rootfs.clone(), upper: overlay.upper.clone() },
+            Ground::Directory => Rootfs::Directory { path: bundle.rootfs.clone() },
+        },
+        id_map,
+        netns: netns.transpose()?,
+        claims: plan::claims(bundle, survey),
+    })
+}
+
+fn state_of(home: &Home, bundle: &Bundle, grant: &Grant, cgroup: Cgroup) -> Result<State> {
+    let process = bundle.spec.process().clone().ok_or_else(|| anyhow!("/process: is missing"))?;
+    Ok(State {
+        version: State::new_version(),
+        id: home.key.id.clone(),
+        oci_version: bundle.spec.version().clone(),
+        bundle: bundle.dir.clone(),
+        rootfs: bundle.rootfs.clone(),
+        created: crate::log::now(),
+        annotations: bundle.spec.annotations().clone().unwrap_or_default(),
+        id_map: grant.id_map.clone(),
+        facts: grant.facts.clone(),
+        cgroup,
+        creator: sysbox_sys::process::myself()?,
+        init: None,
+        process,
+    })
+}
+
+/// Namespaces that came by path and belong to another user namespace: the container's root may not enter them, so this
+/// process does, and its children are born there. With a shared user namespace init enters them itself.
+fn join_given_namespaces(mut spec: Spec, grant: &Grant) -> Result<Spec> {
+    if grant.share_with.is_some() {
+        return Ok(spec);
+    }
+    let Some(mut linux) = spec.linux().clone() else { return Ok(spec) };
+    let mut namespaces = linux.namespaces().clone().unwrap_or_default();
+    for namespace in &namespaces {
+        let flag = match namespace.typ() {
+            LinuxNamespaceType::Network => CloneFlags::CLONE_NEWNET,
+            LinuxNamespaceType::Ipc => CloneFlags::CLONE_NEWIPC,
+            LinuxNamespaceType::Uts => CloneFlags::CLONE_NEWUTS,
+            _ => continue,
+        };
+        if let Some(path) = namespace.path() {
+            let file = std::fs::File::open(path).with_context(|| format!("open namespace {}", path.display()))?;
+            setns(&file, flag).with_context(|| format!("join namespace {}", path.display()))?;
+        }
+    }
+    namespaces.retain(|namespace| {
+        let joined = matches!(
+            namespace.typ(),
+            LinuxNamespaceType::Network | LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts
+        );
+        !(joined && namespace.path().is_some())
+    });
+    linux.set_namespaces(Some(namespaces));
+    spec.set_linux(Some(linux));
+    Ok(spec)
+}

@@ -1,0 +1,50 @@
+//! `features`: what this runtime does, in the form of the OCI runtime specification 1.2 (features.md). Only what is done.
+
+use std::io::Write;
+
+use anyhow::Result;
+use serde_json::{Value, json};
+
+/// # Errors
+/// Standard output being closed.
+pub fn features() -> Result<()> {
+    writeln!(std::io::stdout(), "{}", serde_json::to_string_pretty(&document())?)?;
+    Ok(())
+}
+
+fn document() -> Value {
+    let mut capabilities: Vec<String> = caps::all().iter().map(ToString::to_string).collect();
+    capabilities.sort();
+    json!({
+        "ociVersionMin": "1.0.0",
+        "ociVersionMax": "1.2.0",
+        "hooks": ["prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"],
+        "mountOptions": [
+            "bind", "dev", "exec", "idmap", "nodev", "noexec", "nosuid", "rbind", "ridmap", "rnodev", "rnoexec", "rnosuid",
+            "ro", "rro", "rw", "suid",
+        ],
+        "linux": {
+            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "time", "user", "uts"],
+            "capabilities": capabilities,
+            "cgroup": {"v1": true, "v2": true, "systemd": true, "systemdUser": false, "rdma": false},
+            "seccomp": {
+                "enabled": true,
+                "actions": [
+                    "SCMP_ACT_ALLOW", "SCMP_ACT_ERRNO", "SCMP_ACT_KILL", "SCMP_ACT_KILL_PROCESS", "SCMP_ACT_KILL_THREAD",
+                    "SCMP_ACT_LOG", "SCMP_ACT_TRACE", "SCMP_ACT_TRAP",
+                ],
+                "operators": [
+                    "SCMP_CMP_EQ", "SCMP_CMP_GE", "SCMP_CMP_GT", "SCMP_CMP_LE", "SCMP_CMP_LT", "SCMP_CMP_MASKED_EQ",
+                    "SCMP_CMP_NE",
+                ],
+                "knownFlags": ["SECCOMP_FILTER_FLAG_TSYNC", "SECCOMP_FILTER_FLAG_SPEC_ALLOW", "SECCOMP_FILTER_FLAG_LOG"],
+                "supportedFlags": ["SECCOMP_FILTER_FLAG_TSYNC", "SECCOMP_FILTER_FLAG_SPEC_ALLOW", "SECCOMP_FILTER_FLAG_LOG"],
+            },
+            "apparmor": {"enabled": true},
+            "selinux": {"enabled": false},
+            "mountExtensions": {"idmap": {"enabled": true}},
+        },
+        "annotations": {"org.opencontainers.runc.version": crate::cli::VERSION.lines().next()},
+        "potentiallyUnsafeConfigAnnotations": [],
+    })
+}

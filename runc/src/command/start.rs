@@ -1,0 +1,34 @@
+//! `start`: lets a created container's init go on.
+
+use anyhow::{Result, bail};
+
+use super::Call;
+use crate::launch;
+use crate::state::{Home, State, Status};
+
+/// # Errors
+/// A container that is not in state `created`.
+pub fn start(call: &Call<'_>, id: &str) -> Result<()> {
+    let home = call.home(id)?;
+    let state = home.load()?;
+    start_created(call, &home, &state)
+}
+
+/// As [`start`], of a state that was read already.
+///
+/// # Errors
+/// As [`start`].
+pub fn start_created(call: &Call<'_>, home: &Home, state: &State) -> Result<()> {
+    match home.status(state) {
+        Status::Created => {}
+        Status::Stopped => bail!("cannot start a container that has stopped"),
+        Status::Running => bail!("cannot start an already running container"),
+        Status::Creating => bail!("cannot start a container in the creating state"),
+    }
+    launch::start(&home.dir)?;
+    if let Err(error) = launch::run_hooks(home, state, launch::HookTime::PostStart) {
+        // The specification: a failing poststart hook is told, and the container goes on.
+        call.log.warn(&error.to_string());
+    }
+    Ok(())
+}

@@ -1,0 +1,284 @@
+//! The last stage of a start, inside the container: from libcontainer's all-powerful root to the process that was asked
+//! for. Runs in the container's namespaces, after the root was changed.
+//!
+//! What can be wrong is found out before `create` returns (`validate`); identity, capabilities and the filter come after
+//! the start signal, so that nothing of ours runs under the container's filter but the exec itself.
+
+use std::cell::OnceCell;
+use std::collections::HashMap;
+use std::ffi::CString;
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use caps::CapSet;
+use libcontainer::workload::{Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError};
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, AtFlags};
+use nix::sys::stat::Mode;
+use nix::unistd::{AccessFlags, Gid, Uid, faccessat, setfsgid, setfsuid, setgroups, setresgid, setresuid};
+use oci_spec::runtime::Spec;
+
+use crate::filter::Filter;
+use crate::plan::Entry;
+use crate::sink::Sink;
+
+/// Which of the two kinds of process this becomes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// The container's first: it finds the container as it was made, and finishes it.
+    First,
+    /// A later one, into a container that runs.
+    Later,
+}
+
+/// Becomes the container's process.
+#[derive(Debug, Clone)]
+pub struct Init {
+    pub entry: Entry,
+    pub filter: Option<Filter>,
+    pub role: Role,
+    /// Name of the session keyring; `None` keeps the caller's.
+    pub keyring: Option<String>,
+    /// Where errors go: libcontainer passes on the outermost words alone.
+    pub sink: Rc<Sink>,
+    program: OnceCell<CString>,
+    listen: OnceCell<Vec<String>>,
+}
+
+impl Init {
+    pub fn new(entry: Entry, filter: Option<Filter>, role: Role, keyring: Option<String>, sink: Rc<Sink>) -> Self {
+        Self { entry, filter, role, keyring, sink, program: OnceCell::new(), listen: OnceCell::new() }
+    }
+
+    fn prepare(&self) -> Result<(), String> {
+        let entry = &self.entry;
+        if self.role == Role::First {
+            let hidden = std::fs::set_permissions("/dev/.sysbox", std::fs::Permissions::from_mode(0o700));
+            hidden.map_err(|error| format!("chmod(/dev/.sysbox): {error}"))?;
+            let made = std::fs::DirBuilder::new().recursive(true).mode(0o755).create(&entry.cwd);
+            made.map_err(|error| format!("mkdir {}: {error}", entry.cwd.display()))?;
+        }
+        if let Some(name) = &self.keyring {
+            match sysbox_sys::keyring::join_session(name) {
+                // A kernel or a profile without keys: there is nothing to be found then.
+                Ok(()) => {}
+                Err(error) if matches!(error.errno, Errno::ENOSYS | Errno::EPERM) => {}
+                Err(error) => return Err(error.to_string()),
+            }
+        }
+        let groups: Vec<Gid> = entry.groups.iter().copied().map(Gid::from_raw).collect();
+        setgroups(&groups).map_err(|errno| format!("setgroups: {}", errno.desc()))?;
+        let path = self.as_user(|| {
+            std::env::set_current_dir(&entry.cwd).map_err(|error| format!("chdir to cwd ({}): {error}", entry.cwd.display()))?;
+            check_cwd()?;
+            find_program(&entry.args[0], &entry.env)
+        })?;
+        let program = CString::new(path.into_os_string().into_encoded_bytes());
+        let program = program.map_err(|_| "a NUL byte in the program's path".to_owned())?;
+        self.program.set(program).map_err(|_| "validated twice".to_owned())
+    }
+
+    /// Looks at files with the eyes of the user to be: the file capabilities leave the effective set with fsuid 0 and come
+    /// back with it (capabilities(7)).
+    fn as_user<T>(&self, look: impl FnOnce() -> T) -> T {
+        setfsgid(Gid::from_raw(self.entry.gid));
+        setfsuid(Uid::from_raw(self.entry.uid));
+        let seen = look();
+        setfsuid(Uid::from_raw(0));
+        setfsgid(Gid::from_raw(0));
+        seen
+    }
+
+    fn become_entry(&self) -> Result<(), String> {
+        let entry = &self.entry;
+        let said = |what: &'static str| move |errno: Errno| format!("{what}: {}", errno.desc());
+        if let Some(umask) = entry.umask {
+            nix::sys::stat::umask(Mode::from_bits_truncate(umask));
+        }
+        let capability = |error: caps::errors::CapsError| format!("set capabilities: {error}");
+        for dropped in caps::read(None, CapSet::Bounding).map_err(capability)?.difference(&entry.bounding) {
+            caps::drop(None, CapSet::Bounding, *dropped).map_err(capability)?;
+        }
+        nix::sys::prctl::set_keepcaps(true).map_err(said("prctl(PR_SET_KEEPCAPS)"))?;
+        let (uid, gid) = (Uid::from_raw(entry.uid), Gid::from_raw(entry.gid));
+        setresgid(gid, gid, gid).map_err(said("setresgid"))?;
+        setresuid(uid, uid, uid).map_err(said("setresuid"))?;
+        if entry.no_new_privileges {
+            nix::sys::prctl::set_no_new_privs().map_err(said("prctl(PR_SET_NO_NEW_PRIVS)"))?;
+        }
+        if let Some(filter) = &self.filter {
+            // Loading one takes CAP_SYS_ADMIN, which the change of user took from the effective set alone.
+            let permitted = caps::read(None, CapSet::Permitted).map_err(capability)?;
+            caps::set(None, CapSet::Effective, &permitted).map_err(capability)?;
+            sysbox_sys::seccomp::load(&filter.program, filter.flags).map_err(|error| error.to_string())?;
+        }
+        caps::clear(None, CapSet::Inheritable).map_err(capability)?;
+        caps::clear(None, CapSet::Ambient).map_err(capability)?;
+        let permitted = caps::read(None, CapSet::Permitted).map_err(capability)?;
+        let kept = permitted.intersection(&entry.effective).copied().collect();
+        caps::set(None, CapSet::Effective, &kept).map_err(capability)?;
+        caps::set(None, CapSet::Permitted, &kept).map_err(capability)
+    }
+
+    fn environment(&self) -> Vec<CString> {
+        let mut all = self.entry.env.clone();
+        all.extend(self.listen.get().into_iter().flatten().cloned());
+        if !all.iter().any(|pair| pair.starts_with("HOME=") && pair.len() > "HOME=".len()) {
+            all.retain(|pair| pair != "HOME=");
+            all.push(format!("HOME={}", home_of(self.entry.uid)));
+        }
+        // The bundle was refused if one held a NUL byte.
+        all.into_iter().filter_map(|pair| CString::new(pair).ok()).collect()
+    }
+}
+
+impl Executor for Init {
+    fn validate(&self, _spec: &Spec) -> Result<(), ExecutorValidationError> {
+        self.prepare().map_err(|message| {
+            self.sink.fail(&message);
+            ExecutorValidationError::ArgValidationError(message)
+        })
+    }
+
+    fn setup_envs(&self, envs: HashMap<String, String>) -> Result<(), ExecutorSetEnvsError> {
+        // Socket activation is the one thing in there that the spec does not say (sd_listen_fds(3)).
+        let listen = envs.iter().filter(|(key, _)| key.starts_with("LISTEN_")).map(|(key, value)| format!("{key}={value}"));
+        self.listen.set(listen.collect()).map_err(|_| ExecutorSetEnvsError::Other("set twice".to_owned()))
+    }
+
+    fn exec(&self, _spec: &Spec) -> Result<(), ExecutorError> {
+        let failed = |message: String| {
+            // The engine has had its answer; what is left is the container's own log.
+            eprintln!("sysbox-runc: {message}");
+            ExecutorError::Other(message)
+        };
+        self.become_entry().map_err(failed)?;
+        let program = self.program.get().ok_or_else(|| failed("not validated".to_owned()))?;
+        let args: Vec<CString> = self.entry.args.iter().filter_map(|arg| CString::new(arg.as_str()).ok()).collect();
+        let environment = self.environment();
+        let Err(errno) = nix::unistd::execve(program, &args, &environment);
+        Err(failed(format!("exec {}: {}", program.to_string_lossy(), errno.desc().to_lowercase())))
+    }
+}
+
+/// A working directory outside the root would be a way out (CVE-2024-21626): the kernel then has no path for it.
+fn check_cwd() -> Result<(), String> {
+    let cwd = nix::unistd::getcwd().map_err(|errno| format!("current working directory: {}", errno.desc()))?;
+    if cwd.is_absolute() { Ok(()) } else { Err("current working directory is outside of the container root".to_owned()) }
+}
+
+/// Finds the program as runc does: by path if its name has a slash, else in PATH. The words are those that engines look
+/// for (`executable file not found`: exit code 127; `permission denied`: 126).
+fn find_program(name: &str, env: &[String]) -> Result<PathBuf, String> {
+    let said = |why: String| format!("exec: {name:?}: {why}");
+    if name.contains('/') {
+        return check_program(Path::new(name)).map(|()| PathBuf::from(name)).map_err(|errno| match errno {
+            Errno::EACCES => said("permission denied".to_owned()),
+            Errno::EISDIR => said("is a directory: permission denied".to_owned()),
+            other => said(format!("stat {name}: {}", other.desc().to_lowercase())),
+        });
+    }
+    let path = env.iter().rev().find_map(|pair| pair.strip_prefix("PATH=")).unwrap_or_default();
+    let mut denied = false;
+    for dir in path.split(':') {
+        let dir = if dir.is_empty() { "." } else { dir };
+        let candidate = Path::new(dir).join(name);
+        match check_program(&candidate) {
+            Ok(()) => return Ok(candidate),
+            Err(Errno::EACCES) => denied = true,
+            Err(_) => {}
+        }
+    }
+    if denied { Err(said("permission denied".to_owned())) } else { Err(said("executable file not found in $PATH".to_owned())) }
+}
+
+fn check_program(path: &Path) -> Result<(), Errno> {
+    let facts = std::fs::metadata(path).map_err(|error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))?;
+    if facts.is_dir() {
+        return Err(Errno::EISDIR);
+    }
+    // Root may "execute" by DAC override what has no execute bit at all; execve(2) then refuses.
+    if facts.mode() & 0o111 == 0 {
+        return Err(Errno::EACCES);
+    }
+    faccessat(AT_FDCWD, path, AccessFlags::X_OK, AtFlags::AT_EACCESS)
+}
+
+/// The home directory that the container's own /etc/passwd gives a user; `/` without an entry.
+fn home_of(uid: u32) -> String {
+    const MAX_PASSWD: u64 = 1024 * 1024;
+    let mut text = String::new();
+    let read = File::open("/etc/passwd").and_then(|file| file.take(MAX_PASSWD).read_to_string(&mut text));
+    if read.is_err() {
+        return "/".to_owned();
+    }
+    home_in(&text, uid).unwrap_or_else(|| "/".to_owned())
+}
+
+fn home_in(passwd: &str, uid: u32) -> Option<String> {
+    passwd.lines().find_map(|line| {
+        let fields: Vec<&str> = line.split(':').collect();
+        let matches = fields.get(2).is_some_and(|field| field.parse() == Ok(uid));
+        fields.get(5).filter(|home| matches && !home.is_empty()).map(|home| (*home).to_owned())
+    })
+}
+
+/// Gives the container's process its standard streams when they are pipes: only an owner may open /dev/stdout again.
+/// Devices and files of the host keep their owner.
+///
+/// # Errors
+/// `fchown` failing for another reason than a stream that has no owner to change.
+pub fn own_stdio(host_uid: u32, host_gid: u32) -> nix::Result<()> {
+    own_stream(std::io::stdin(), host_uid, host_gid)?;
+    own_stream(std::io::stdout(), host_uid, host_gid)?;
+    own_stream(std::io::stderr(), host_uid, host_gid)
+}
+
+fn own_stream(stream: impl std::os::fd::AsFd, uid: u32, gid: u32) -> nix::Result<()> {
+    let facts = nix::sys::stat::fstat(&stream)?;
+    if facts.st_mode & libc::S_IFMT != libc::S_IFIFO {
+        return Ok(());
+    }
+    match nix::unistd::fchown(&stream, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid))) {
+        Ok(()) | Err(Errno::EINVAL | Errno::EROFS) => Ok(()),
+        Err(errno) => Err(errno),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn programs_are_found_and_refused_in_words_that_engines_know() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = |name: &str, mode: u32| {
+            let path = dir.path().join(name);
+            std::fs::write(&path, "").unwrap();
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+            path
+        };
+        let (good, plain) = (file("good", 0o755), file("plain", 0o644));
+        let env = [format!("PATH=/nowhere:{}", dir.path().display())];
+        assert_eq!(find_program("good", &env), Ok(good.clone()));
+        assert_eq!(find_program(good.to_str().unwrap(), &[]), Ok(good));
+        assert_eq!(find_program("gone", &env).unwrap_err(), "exec: \"gone\": executable file not found in $PATH");
+        assert_eq!(find_program("plain", &env).unwrap_err(), "exec: \"plain\": permission denied");
+        let text = find_program(plain.to_str().unwrap(), &[]).unwrap_err();
+        assert!(text.ends_with("permission denied"), "{text}");
+        assert_eq!(find_program("/gone", &[]).unwrap_err(), "exec: \"/gone\": stat /gone: no such file or directory");
+        assert!(find_program("/usr", &[]).unwrap_err().ends_with("permission denied"));
+    }
+
+    #[test]
+    fn home_is_what_the_containers_passwd_says() {
+        let passwd = "root:x:0:0:root:/root:/bin/sh\nbad line\nu:x:7:7::/home/u:/bin/sh\nn:x:8:8:::/bin/sh\n";
+        assert_eq!(home_in(passwd, 0).as_deref(), Some("/root"));
+        assert_eq!(home_in(passwd, 7).as_deref(), Some("/home/u"));
+        assert_eq!(home_in(passwd, 8), None);
+        assert_eq!(home_in(passwd, 9), None);
+    }
+}

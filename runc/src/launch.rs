@@ -1,0 +1,222 @@
+//! The door to libcontainer: its process layer makes the namespaces, the mounts inside and the waiting init
+//! (docs/decisions/0004-libcontainer.md). Nothing else in this program knows libcontainer but `init.rs`, which runs in it.
+
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use libcgroups::common::CgroupConfig;
+use libcontainer::config::YoukiConfig;
+use libcontainer::container::{Container, ContainerStatus};
+use libcontainer::notify_socket::{NotifyListener, NotifySocket};
+use libcontainer::process::args::{ContainerArgs, ContainerType};
+use libcontainer::process::container_main_process::container_main_process;
+use libcontainer::syscall::syscall::SyscallType;
+use libcontainer::user_ns::UserNamespaceConfig;
+use oci_spec::runtime::{LinuxNamespaceBuilder, LinuxNamespaceType, Spec};
+use sysbox_ipc::mgr::Process;
+
+use crate::init::Init;
+use crate::state::{Home, State};
+
+/// Name of the socket that init waits on, in the container's state directory. It goes with the start signal.
+pub const START_SOCKET: &str = "notify.sock";
+
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    /// What the container's own processes said.
+    #[error("unable to start container process: {0}")]
+    Inside(String),
+    #[error("{attempt}: {why}")]
+    Step { attempt: &'static str, why: String },
+}
+
+fn step(attempt: &'static str) -> impl FnOnce(&dyn std::fmt::Display) -> LaunchError {
+    move |why| LaunchError::Step { attempt, why: why.to_string() }
+}
+
+/// What a start needs besides the spec.
+#[derive(Debug)]
+pub struct Launch<'a> {
+    pub id: &'a str,
+    pub bundle: &'a Path,
+    /// The container's state directory.
+    pub dir: &'a Path,
+    pub spec: Spec,
+    pub rootfs: PathBuf,
+    /// Relative to the root of each hierarchy.
+    pub cgroup: PathBuf,
+    pub console_socket: Option<&'a Path>,
+    pub preserve_fds: i32,
+    pub no_pivot: bool,
+    pub init: Init,
+}
+
+impl Launch<'_> {
+    /// Makes the container's first process; it waits for [`start`].
+    ///
+    /// # Errors
+    /// What libcontainer or the container's processes say.
+    pub fn create(self) -> Result<Process, LaunchError> {
+        let socket = self.dir.join(START_SOCKET);
+        let users = UserNamespaceConfig::new(&self.spec).map_err(|e| step("user namespace")(&e))?;
+        // Hooks and libcontainer's own files want its forms of config and state.
+        let config = YoukiConfig::from_spec(&self.spec, self.id).map_err(|e| step("configuration")(&e))?;
+        config.save(self.dir).map_err(|e| step("save the configuration")(&e))?;
+        let kind = ContainerType::InitContainer;
+        self.run(kind, &socket, users)
+    }
+
+    /// Makes a later process of a running container, releases it, and returns when its program runs.
+    ///
+    /// # Errors
+    /// What libcontainer or the container's processes say.
+    pub fn exec(self, before_start: impl FnOnce(Process) -> Result<(), LaunchError>) -> Result<Process, LaunchError> {
+        let socket = self.dir.join(format!("exec-{}.sock", std::process::id()));
+        let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(|e| step("pipe2")(&e))?;
+        // libcontainer closes its copies by number; this one must not be closed twice.
+        let raw: RawFd = std::os::fd::IntoRawFd::into_raw_fd(writer);
+        let sink = Rc::clone(&self.init.sink);
+        let kind = ContainerType::TenantContainer { exec_notify_fd: raw };
+        let made = self.run(kind, &socket, None);
+        // The parent's end must go, or the read below would never see the end.
+        nix::unistd::close(raw).map_err(|e| step("close")(&e))?;
+        let process = match made {
+            Ok(process) => process,
+            Err(error) => {
+                let _gone = std::fs::remove_file(&socket);
+                return Err(error);
+            }
+        };
+        let released = before_start(process).and_then(|()| {
+            NotifySocket::new(&socket).notify_container_start().map_err(|e| step("start")(&e))
+        });
+        let _gone = std::fs::remove_file(&socket);
+        released?;
+        let mut said = String::new();
+        let mut file = std::fs::File::from(reader);
+        std::io::Read::read_to_string(&mut file, &mut said).map_err(|e| step("wait for exec")(&e))?;
+        if said.is_empty() { Ok(process) } else { Err(LaunchError::Inside(sink.first_failure().unwrap_or(said))) }
+    }
+
+    fn run(self, kind: ContainerType, socket: &Path, users: Option<UserNamespaceConfig>) -> Result<Process, LaunchError> {
+        let listener = NotifyListener::new(socket).map_err(|e| step("start socket")(&e))?;
+        let console = self.console_socket.map(|path| console(self.dir, path)).transpose()?;
+        let sink = Rc::clone(&self.init.sink);
+        let status = ContainerStatus::Creating;
+        let mut container =
+            Container::new(self.id, status, None, self.bundle, self.dir).map_err(|e| step("container state")(&e))?;
+        container.set_annotations(self.spec.annotations().clone());
+        let args = ContainerArgs {
+            container_type: kind,
+            syscall: SyscallType::default(),
+            spec: Rc::new(self.spec),
+            rootfs: self.rootfs,
+            console_socket: console.as_ref().map(AsRawFd::as_raw_fd),
+            notify_listener: listener,
+            preserve_fds: self.preserve_fds,
+            container: Some(container),
+            user_ns_config: users,
+            cgroup_config: CgroupConfig {
+                cgroup_path: self.cgroup,
+                systemd_cgroup: false,
+                container_name: self.id.to_owned(),
+            },
+            detached: true,
+            executor: Box::new(self.init),
+            no_pivot: self.no_pivot,
+            stdin: None,
+            stdout: None,
+            stderr: None,
+            as_sibling: false,
+            pid_file: None,
+        };
+        // Processes in namespaces that we join must not be able to look into us (CVE-2016-9962).
+        nix::sys::prctl::set_dumpable(false).map_err(|e| step("prctl(PR_SET_DUMPABLE)")(&e))?;
+        let pid = container_main_process(&args).map_err(|error| {
+            LaunchError::Inside(sink.first_failure().unwrap_or_else(|| error.to_string()))
+        })?;
+        // The listener's descriptor is shared with clones that close it by number: it must not be closed here again.
+        std::mem::forget(args);
+        sysbox_sys::process::identify(pid.as_raw()).map_err(|e| step("look at init")(&e))
+    }
+}
+
+/// Connects to the engine's console socket.
+fn console(dir: &Path, socket: &Path) -> Result<OwnedFd, LaunchError> {
+    let name = format!("console-{}", std::process::id());
+    let connected = libcontainer::tty::setup_console_socket(dir, socket, &name).map_err(|e| step("console socket")(&e));
+    // The link only shortens the path for the connect.
+    let _gone = std::fs::remove_file(dir.join(name));
+    connected
+}
+
+/// Lets the waiting init of a created container go on.
+///
+/// # Errors
+/// The socket being gone: started already, or never created.
+pub fn start(dir: &Path) -> Result<(), LaunchError> {
+    let socket = dir.join(START_SOCKET);
+    NotifySocket::new(&socket).notify_container_start().map_err(|e| step("start")(&e))?;
+    std::fs::remove_file(&socket).map_err(|e| step("remove the start socket")(&e))
+}
+
+/// The two times at which hooks run outside of a create (OCI runtime specification, lifecycle).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HookTime {
+    PostStart,
+    PostStop,
+}
+
+/// Runs the container's hooks for this time.
+///
+/// # Errors
+/// The first hook that failed.
+pub fn run_hooks(home: &Home, state: &State, time: HookTime) -> Result<(), LaunchError> {
+    // A container that was cut off in the making has no spec yet, and no hooks that could be due.
+    let Ok(spec) = home.load_spec() else { return Ok(()) };
+    let Some(hooks) = spec.hooks() else { return Ok(()) };
+    let (due, status, attempt) = match time {
+        HookTime::PostStart => (hooks.poststart(), ContainerStatus::Running, "poststart hook"),
+        HookTime::PostStop => (hooks.poststop(), ContainerStatus::Stopped, "poststop hook"),
+    };
+    if due.is_none() {
+        return Ok(());
+    }
+    let pid = state.init.map(|init| init.pid);
+    let made = Container::new(state.id.as_str(), status, pid, &state.bundle, &home.dir);
+    let mut container = made.map_err(|e| step(attempt)(&e))?;
+    container.set_annotations(Some(state.annotations.clone()));
+    libcontainer::hooks::run_hooks(due.as_ref(), Some(&container.state), None, None, None).map_err(|e| step(attempt)(&e))
+}
+
+/// The spec for a later process: the namespaces of init by path, nothing to be made or limited, no hooks.
+pub fn tenant_spec(mut spec: Spec, process: oci_spec::runtime::Process, init: i32) -> Spec {
+    const FILES: &[(LinuxNamespaceType, &str)] = &[
+        (LinuxNamespaceType::User, "user"),
+        (LinuxNamespaceType::Ipc, "ipc"),
+        (LinuxNamespaceType::Uts, "uts"),
+        (LinuxNamespaceType::Network, "net"),
+        (LinuxNamespaceType::Pid, "pid"),
+        (LinuxNamespaceType::Mount, "mnt"),
+        (LinuxNamespaceType::Cgroup, "cgroup"),
+        (LinuxNamespaceType::Time, "time"),
+    ];
+    if let Some(mut linux) = spec.linux().clone() {
+        let had = linux.namespaces().clone().unwrap_or_default();
+        let joined = FILES.iter().filter(|(typ, _)| had.iter().any(|namespace| namespace.typ() == *typ));
+        let joined = joined.map(|(typ, file)| {
+            LinuxNamespaceBuilder::default()
+                .typ(*typ)
+                .path(format!("/proc/{init}/ns/{file}"))
+                .build()
+                .expect("type and path are all that a namespace has")
+        });
+        linux.set_namespaces(Some(joined.collect()));
+        linux.set_uid_mappings(None).set_gid_mappings(None).set_time_offsets(None).set_sysctl(None);
+        linux.set_masked_paths(None).set_readonly_paths(None).set_devices(None);
+        spec.set_linux(Some(linux));
+    }
+    spec.set_hooks(None).set_mounts(None).set_process(Some(process));
+    spec
+}

@@ -1,0 +1,117 @@
+//! The container's /dev: which nodes, who owns them, and which device rules they need.
+
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{
+    LinuxDevice, LinuxDeviceBuilder, LinuxDeviceCgroupBuilder, LinuxDeviceType, LinuxResources, Spec,
+};
+use sysbox_ipc::IdMap;
+
+use super::PlanError;
+use crate::survey::Survey;
+
+/// A device node, made by the runtime on a tmpfs of the initial user namespace: one made inside could not be opened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Node {
+    /// Absolute, below /dev.
+    pub path: PathBuf,
+    pub typ: LinuxDeviceType,
+    pub major: u32,
+    pub minor: u32,
+    pub mode: u32,
+    /// Host ids.
+    pub uid: u32,
+    pub gid: u32,
+    /// Whether libcontainer makes it by itself and only needs to find it.
+    pub standard: bool,
+}
+
+/// Every container has these (OCI runtime specification, default devices).
+const STANDARD: &[(&str, u32, u32)] = &[
+    ("/dev/null", 1, 3),
+    ("/dev/zero", 1, 5),
+    ("/dev/full", 1, 7),
+    ("/dev/random", 1, 8),
+    ("/dev/urandom", 1, 9),
+    ("/dev/tty", 5, 0),
+];
+
+/// Harmless in a user namespace, and machines need them: inner FUSE file systems, VPNs.
+const MACHINE: &[(&str, u32, u32)] = &[("/dev/fuse", 10, 229), ("/dev/net/tun", 10, 200)];
+
+/// Made by devpts and the console; a listed node would be in the way (`--privileged` lists them).
+const NOT_NODES: &[&str] = &["/dev/ptmx", "/dev/console", "/dev/pts", "/dev/kmsg"];
+
+pub(super) fn plan(spec: &Spec, survey: &Survey, map: &IdMap) -> Result<Vec<Node>, PlanError> {
+    let plain = |path: &str, major, minor, standard| Node {
+        path: PathBuf::from(path),
+        typ: LinuxDeviceType::C,
+        major,
+        minor,
+        mode: 0o666,
+        uid: map.root_uid(),
+        gid: map.root_gid(),
+        standard,
+    };
+    let mut nodes: Vec<Node> = STANDARD.iter().map(|(path, major, minor)| plain(path, *major, *minor, true)).collect();
+    let machine = MACHINE.iter().filter(|(path, ..)| survey.present.contains(path));
+    nodes.extend(machine.map(|(path, major, minor)| plain(path, *major, *minor, false)));
+    let asked = spec.linux().as_ref().and_then(|linux| linux.devices().as_ref()).into_iter().flatten();
+    for device in asked {
+        let path = device.path();
+        let inside = path.strip_prefix("/dev").ok().filter(|rest| !rest.as_os_str().is_empty());
+        let plain_names = path.components().all(|part| !matches!(part, std::path::Component::ParentDir));
+        if inside.is_none() || !plain_names {
+            return Err(PlanError::DevicePath { path: path.clone() });
+        }
+        if NOT_NODES.iter().any(|other| Path::new(other) == path) {
+            continue;
+        }
+        let number = |value: i64| u32::try_from(value).map_err(|_| PlanError::DevicePath { path: path.clone() });
+        let standard = nodes.iter().any(|node| node.path == *path && node.standard);
+        nodes.retain(|node| node.path != *path);
+        nodes.push(Node {
+            path: path.clone(),
+            typ: device.typ(),
+            major: number(device.major())?,
+            minor: number(device.minor())?,
+            mode: device.file_mode().unwrap_or(0o666) & 0o777,
+            uid: map.host_uid(device.uid().unwrap_or(0)).unwrap_or_else(|| map.root_uid()),
+            gid: map.host_gid(device.gid().unwrap_or(0)).unwrap_or_else(|| map.root_gid()),
+            standard,
+        });
+    }
+    Ok(nodes)
+}
+
+/// The nodes as libcontainer is to bind them; the standard ones it binds unasked.
+pub(super) fn listed(nodes: &[Node]) -> Vec<LinuxDevice> {
+    let build = |node: &Node| {
+        LinuxDeviceBuilder::default()
+            .path(node.path.clone())
+            .typ(node.typ)
+            .major(i64::from(node.major))
+            .minor(i64::from(node.minor))
+            .build()
+            .expect("every field without a default is set")
+    };
+    nodes.iter().filter(|node| !node.standard).map(build).collect()
+}
+
+/// Device cgroup rules: what the engine says, and then the machine nodes, which it does not know of.
+pub(super) fn rules(mut resources: LinuxResources, nodes: &[Node]) -> LinuxResources {
+    let mut rules = resources.devices().clone().unwrap_or_default();
+    let machine = nodes.iter().filter(|node| MACHINE.iter().any(|(path, ..)| Path::new(path) == node.path));
+    rules.extend(machine.map(|node| {
+        LinuxDeviceCgroupBuilder::default()
+            .allow(true)
+            .typ(node.typ)
+            .major(i64::from(node.major))
+            .minor(i64::from(node.minor))
+            .access("rwm")
+            .build()
+            .expect("every field without a default is set")
+    }));
+    resources.set_devices(Some(rules));
+    resources
+}

@@ -1,0 +1,325 @@
+//! The plan: what is to be done to make a system container of an OCI spec. Pure: spec, survey, grant and settings in,
+//! a [`Plan`] or a refusal out. Opens nothing, asks the kernel nothing.
+
+mod devices;
+mod mounts;
+mod process;
+mod profile;
+
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{
+    LinuxIdMapping, LinuxIdMappingBuilder, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources,
+    LinuxSeccomp, LinuxTimeOffsetBuilder, PosixRlimit, Spec,
+};
+use sysbox_ipc::fs::Prepared;
+use sysbox_ipc::mgr::{Claim, DATA_ROOTS, FileId, Grant};
+use sysbox_ipc::{IdMap, IdMapError, IdMapLine};
+
+use crate::bundle::Bundle;
+use crate::survey::{Survey, is_bind, source_path};
+
+pub use devices::Node;
+pub use mounts::{Attributes, Bind, Extent, Place, Shift, Target, TargetKind};
+pub use process::{Entry, entry};
+
+/// Where the plan will be carried out: paths in the runtime's private mount namespace.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stage {
+    pub dir: PathBuf,
+}
+
+impl Stage {
+    /// Below the run directory; the manager makes the directory, every runtime mounts a tmpfs of its own over it.
+    pub fn below(run_dir: &Path) -> Self {
+        Self { dir: run_dir.join("stage") }
+    }
+
+    pub fn rootfs(&self) -> PathBuf {
+        self.dir.join("rootfs")
+    }
+
+    pub fn bind(&self, number: usize) -> PathBuf {
+        self.dir.join("binds").join(number.to_string())
+    }
+}
+
+/// Why a spec cannot be made a system container. Names the place by JSON pointer.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PlanError {
+    #[error("/linux/uidMappings, /linux/gidMappings: {0}")]
+    IdMap(#[from] IdMapError),
+    #[error("/mounts/{at}: bind source {}: no such file or directory", source_path.display())]
+    NoSource { at: usize, source_path: PathBuf },
+    #[error("/mounts/{at}: {} cannot be mounted because it is inside /proc", destination.display())]
+    InsideProc { at: usize, destination: PathBuf },
+    #[error("/linux/sysctl: `{key}` is not namespaced: it would change the host")]
+    Sysctl { key: String },
+    #[error("/process/user: {kind} {id} is not mapped in the container (0 to {last})")]
+    UnmappedId { kind: &'static str, id: u32, last: u32 },
+    #[error("/process/apparmorProfile: `{profile}` cannot be applied: AppArmor is not enabled on this host")]
+    NoAppArmor { profile: String },
+    #[error("/linux/devices: {} is not below /dev", path.display())]
+    DevicePath { path: PathBuf },
+    #[error("/linux: could not be built: {0}")]
+    Build(String),
+}
+
+/// How the root file system is brought in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Root {
+    pub shift: Shift,
+    pub read_only: bool,
+}
+
+/// Everything that is to be done, decided.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Plan {
+    /// As libcontainer gets it: no seccomp, no limits, no capabilities; those come last, from `entry`.
+    pub spec: Spec,
+    pub root: Root,
+    /// Mount targets directly on the rootfs, to be there before anything is mounted.
+    pub targets: Vec<Target>,
+    /// Device nodes of the staged /dev.
+    pub nodes: Vec<Node>,
+    /// Clones of host mounts; the ones placed in the rootfs first, parents before children.
+    pub binds: Vec<Bind>,
+    /// Paths outside /proc and /sys to be hidden for good.
+    pub masks: Vec<PathBuf>,
+    /// Data roots to be attached from the container's own layer.
+    pub layer_roots: Vec<LayerRoot>,
+    /// What the container's first process becomes.
+    pub entry: Entry,
+    pub resources: LinuxResources,
+    pub limits: Vec<PosixRlimit>,
+    pub oom_score_adj: Option<i32>,
+    pub seccomp: Option<LinuxSeccomp>,
+    /// For a person: what is done worse than asked, with the remedy.
+    pub warnings: Vec<String>,
+}
+
+/// A data root of an inner engine in the container's own writable layer (docs/decisions/0003-data-roots.md).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LayerRoot {
+    /// Inside the container.
+    pub path: PathBuf,
+    /// Where it is staged.
+    pub bind: usize,
+}
+
+/// The mappings that come with a spec, if any.
+///
+/// # Errors
+/// A map that breaks a rule of [`IdMap`].
+pub fn own_map(spec: &Spec) -> Result<Option<IdMap>, PlanError> {
+    let Some(linux) = spec.linux() else { return Ok(None) };
+    let lines = |mappings: &Option<Vec<LinuxIdMapping>>| -> Vec<IdMapLine> {
+        let line = |m: &LinuxIdMapping| IdMapLine { inside: m.container_id(), outside: m.host_id(), count: m.size() };
+        merge(mappings.iter().flatten().map(line).collect())
+    };
+    let (uids, gids) = (lines(linux.uid_mappings()), lines(linux.gid_mappings()));
+    if uids.is_empty() && gids.is_empty() {
+        return Ok(None);
+    }
+    Ok(Some(IdMap::new(uids, gids)?))
+}
+
+/// Joins lines that continue each other: fewer lines, and the kernel takes at most 340.
+fn merge(mut lines: Vec<IdMapLine>) -> Vec<IdMapLine> {
+    lines.sort_by_key(|line| line.inside);
+    let mut merged: Vec<IdMapLine> = Vec::new();
+    for line in lines {
+        match merged.last_mut() {
+            Some(last)
+                if last.inside.checked_add(last.count) == Some(line.inside)
+                    && last.outside.checked_add(last.count) == Some(line.outside) =>
+            {
+                last.count = last.count.saturating_add(line.count);
+            }
+            _ => merged.push(line),
+        }
+    }
+    merged
+}
+
+/// The user's own mounts on data roots, which one running container may hold at a time.
+pub fn claims(bundle: &Bundle, survey: &Survey) -> Vec<Claim> {
+    let mounts = bundle.spec.mounts().iter().flatten().filter(|mount| is_bind(mount));
+    mounts
+        .filter_map(|mount| {
+            let data_root = DATA_ROOTS.iter().find(|root| Path::new(root) == mount.destination())?;
+            let path = source_path(mount, &bundle.dir);
+            let source = survey.sources.get(&path)?;
+            let source_id = FileId { dev: source.dev, ino: source.ino };
+            Some(Claim { data_root: (*data_root).to_owned(), source: path, source_id })
+        })
+        .collect()
+}
+
+/// The path of the network namespace that the spec wants joined.
+pub fn netns_path(spec: &Spec) -> Option<&Path> {
+    let namespaces = spec.linux().as_ref()?.namespaces().as_deref()?;
+    namespaces.iter().find(|n| n.typ() == LinuxNamespaceType::Network)?.path().as_deref()
+}
+
+/// Decides everything.
+///
+/// # Errors
+/// See [`PlanError`]; nothing has been done then.
+pub fn plan(
+    bundle: &Bundle,
+    survey: &Survey,
+    grant: &Grant,
+    stage: &Stage,
+    prepared: &Prepared,
+) -> Result<Plan, PlanError> {
+    let mut spec = bundle.spec.clone();
+    let read_only = spec.root().as_ref().is_some_and(|root| root.readonly().unwrap_or(false));
+    let map = &grant.id_map;
+    // A rootfs that belongs to the container's root already is shifted on disk (userns-remap): shifting again is wrong.
+    let shifted = survey.root_owner == (map.root_uid(), map.root_gid());
+    let root = Root { shift: if shifted { Shift::Never } else { Shift::Must }, read_only };
+    let mut warnings = Vec::new();
+
+    let mounted = mounts::plan(bundle, survey, map, stage, prepared, root, &mut warnings)?;
+    let nodes = devices::plan(&spec, survey, map)?;
+    let process = spec.process().clone().unwrap_or_default();
+    let entry = process::entry(&process, map, &grant.facts)?;
+
+    let mut linux = spec.linux().clone().unwrap_or_default();
+    linux.set_namespaces(Some(namespaces(&linux, grant)));
+    linux.set_uid_mappings(Some(mappings(map.uids())?));
+    linux.set_gid_mappings(Some(mappings(map.gids())?));
+    let (sysctl, domainname) = sysctls(linux.sysctl().clone().unwrap_or_default(), map)?;
+    linux.set_sysctl(Some(sysctl));
+    if grant.facts.time_namespace && linux.time_offsets().is_none() && grant.share_with.is_none() {
+        linux.set_time_offsets(Some(since_now(survey.boottime_ns)?));
+    }
+    linux.set_devices(Some(devices::listed(&nodes)));
+    let seccomp = profile::widen(linux.seccomp().clone());
+    linux.set_seccomp(None);
+    linux.set_masked_paths(Some(mounted.masked));
+    linux.set_readonly_paths(Some(mounted.read_only));
+    let resources = devices::rules(linux.resources().clone().unwrap_or_default(), &nodes);
+    linux.set_resources(None);
+    // Machines expect their root to be shared: mount propagation inside (kubelet, containerd) depends on it.
+    if linux.rootfs_propagation().is_none() {
+        linux.set_rootfs_propagation(Some("shared".to_owned()));
+    }
+    linux.set_cgroups_path(None);
+
+    if let Some(name) = domainname {
+        spec.set_domainname(Some(name));
+    }
+    if let Some(mut root) = spec.root().clone() {
+        root.set_path(stage.rootfs());
+        // Read-only is set on the staged mount, whose copy in the container the kernel locks.
+        root.set_readonly(Some(false));
+        spec.set_root(Some(root));
+    }
+    spec.set_mounts(Some(mounted.mounts));
+    spec.set_linux(Some(linux));
+    let limits = process.rlimits().clone().unwrap_or_default();
+    let oom_score_adj = process.oom_score_adj().map(|score| score.max(-999));
+    spec.set_process(Some(process::for_libcontainer(process, entry.apparmor.clone())));
+    Ok(Plan {
+        spec,
+        root,
+        targets: mounted.targets,
+        nodes,
+        binds: mounted.binds,
+        masks: mounted.masks,
+        layer_roots: mounted.layer_roots,
+        entry,
+        resources,
+        limits,
+        oom_score_adj,
+        seccomp,
+        warnings,
+    })
+}
+
+fn mappings(lines: &[IdMapLine]) -> Result<Vec<LinuxIdMapping>, PlanError> {
+    lines
+        .iter()
+        .map(|l| {
+            LinuxIdMappingBuilder::default()
+                .container_id(l.inside)
+                .host_id(l.outside)
+                .size(l.count)
+                .build()
+                .map_err(|error| PlanError::Build(error.to_string()))
+        })
+        .collect()
+}
+
+/// Adds user, cgroup and time to what the spec asks for.
+fn namespaces(linux: &oci_spec::runtime::Linux, grant: &Grant) -> Vec<LinuxNamespace> {
+    let mut all = linux.namespaces().clone().unwrap_or_default();
+    let has = |all: &[LinuxNamespace], typ| all.iter().any(|namespace| namespace.typ() == typ);
+    let new = |typ| LinuxNamespaceBuilder::default().typ(typ).build().expect("a namespace needs its type alone");
+    if let Some(host) = grant.share_with {
+        all.retain(|namespace| namespace.typ() != LinuxNamespaceType::User);
+        let mut user = new(LinuxNamespaceType::User);
+        user.set_path(Some(format!("/proc/{}/ns/user", host.pid).into()));
+        all.push(user);
+    }
+    for typ in [LinuxNamespaceType::User, LinuxNamespaceType::Cgroup] {
+        if !has(&all, typ) {
+            all.push(new(typ));
+        }
+    }
+    if grant.facts.time_namespace && !has(&all, LinuxNamespaceType::Time) {
+        all.push(new(LinuxNamespaceType::Time));
+    }
+    all
+}
+
+/// The offset that makes the container's boot time now: uptime, btime and process ages are then right by nature
+/// (time_namespaces(7)).
+fn since_now(
+    boottime_ns: i64,
+) -> Result<std::collections::HashMap<String, oci_spec::runtime::LinuxTimeOffset>, PlanError> {
+    const SECOND: i64 = 1_000_000_000;
+    // Rounded down to a whole second: nanoseconds must not be negative, and uptime must not be either.
+    let offset = LinuxTimeOffsetBuilder::default()
+        .secs(-(boottime_ns / SECOND))
+        .nanosecs(0u32)
+        .build()
+        .map_err(|error| PlanError::Build(error.to_string()))?;
+    Ok([("boottime".to_owned(), offset)].into())
+}
+
+type Sysctls = std::collections::HashMap<String, String>;
+
+/// Takes the domain name out (it has a call of its own), and fits ping_group_range to the ids there are: Docker asks for
+/// the whole range, which the kernel refuses for gids that are not mapped.
+fn sysctls(mut asked: Sysctls, map: &IdMap) -> Result<(Sysctls, Option<String>), PlanError> {
+    const NAMESPACED: &[&str] =
+        &["kernel.sem", "kernel.msgmax", "kernel.msgmnb", "kernel.msgmni", "kernel.shmall", "kernel.shmmax",
+          "kernel.shmmni", "kernel.shm_rmid_forced", "kernel.ns_last_pid", "kernel.pid_max"];
+    let domainname = asked.remove("kernel.domainname");
+    for key in asked.keys() {
+        let dotted = key.replace('/', ".");
+        let fine = dotted.starts_with("net.")
+            || dotted.starts_with("fs.mqueue.")
+            || dotted.starts_with("user.")
+            || NAMESPACED.contains(&dotted.as_str());
+        if !fine || key.contains("..") {
+            return Err(PlanError::Sysctl { key: key.clone() });
+        }
+    }
+    if let Some(range) = asked.get_mut("net.ipv4.ping_group_range") {
+        let last = map.gids().iter().map(|line| line.inside + (line.count - 1)).max().unwrap_or_default();
+        let bounds: Vec<u32> = range.split_ascii_whitespace().filter_map(|bound| bound.parse().ok()).collect();
+        if let [low, high] = bounds[..]
+            && high > last
+        {
+            *range = format!("{low} {last}");
+        }
+    }
+    Ok((asked, domainname))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,419 @@
+//! Which mounts the container gets, where each is made, and what of it is locked.
+//!
+//! Two places exist. What is attached to the rootfs in the runtime's namespace is locked in the container's copy: it can
+//! be neither taken off nor made writable (mount_namespaces(7)). All else is staged beside the rootfs and bound by the
+//! container's own init: read-only stays, by the flags' lock, but it may be unmounted like any mount of a machine. Only
+//! what must not come off goes to the first place, as the kernel refuses plain binds of a tree with locked children.
+
+use std::path::{Component, Path, PathBuf};
+
+use oci_spec::runtime::{Mount, MountBuilder};
+use sysbox_ipc::IdMap;
+use sysbox_ipc::fs::Prepared;
+use sysbox_ipc::mgr::DATA_ROOTS;
+
+use super::{LayerRoot, PlanError, Root, Stage};
+use crate::bundle::Bundle;
+use crate::survey::{Ground, OVERLAY_MAGIC, Source, Survey, is_bind, source_path};
+
+/// Whether ids are shifted by the mount.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Shift {
+    /// The ids on disk are right already.
+    Never,
+    /// Shifted where the file system can; else a warning and files of nobody.
+    Try,
+    /// Shifted, or the container is not made.
+    Must,
+}
+
+/// Flags that a mount gets before anyone sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Attributes {
+    pub read_only: bool,
+    pub nosuid: bool,
+    pub nodev: bool,
+    pub noexec: bool,
+}
+
+/// Whether what is mounted below the source comes along.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Extent {
+    Mount,
+    Tree,
+}
+
+/// Where a clone goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Place {
+    /// Beside the rootfs, under this number; init binds it from there.
+    Staged(usize),
+    /// On the rootfs, for good.
+    Locked(Target),
+}
+
+/// A clone of a host mount.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Bind {
+    pub source: PathBuf,
+    pub is_directory: bool,
+    pub extent: Extent,
+    /// Attributes that hold for the whole tree (rro and the like) are in `tree`, the others for its top.
+    pub top: Attributes,
+    pub tree: Attributes,
+    pub shift: Shift,
+    pub place: Place,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TargetKind {
+    Directory,
+    File,
+}
+
+/// A path inside the container that something is mounted on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Target {
+    /// Absolute, without `..`.
+    pub path: PathBuf,
+    pub kind: TargetKind,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Mounted {
+    /// For init, in order.
+    pub(super) mounts: Vec<Mount>,
+    pub(super) targets: Vec<Target>,
+    pub(super) binds: Vec<Bind>,
+    pub(super) layer_roots: Vec<LayerRoot>,
+    /// For init: paths in /proc and /sys.
+    pub(super) masked: Vec<String>,
+    pub(super) read_only: Vec<String>,
+    /// For the runtime: paths elsewhere.
+    pub(super) masks: Vec<PathBuf>,
+}
+
+/// Files below /proc over which a user may bind a file of his own, as in runc.
+const PROC_FILES: &[&str] = &[
+    "/proc/cpuinfo", "/proc/diskstats", "/proc/meminfo", "/proc/stat", "/proc/swaps", "/proc/uptime", "/proc/loadavg",
+    "/proc/slabinfo", "/proc/sys/kernel/ns_last_pid", "/proc/sys/crypto/fips_enabled",
+];
+
+/// Paths that engines mask or make read-only for application containers, and which a machine needs. The kernel guards
+/// each of them by the user namespace.
+const UNMASKED: &[&str] = &["/proc", "/proc/sys", "/proc/kcore", "/proc/kallsyms", "/proc/kmsg", "/sys", "/sys/fs/cgroup"];
+
+/// Where nested user namespaces find a procfs and a sysfs that nothing is mounted over: the kernel allows them to mount
+/// their own only then (mount_too_revealing in fs/namespace.c).
+const PRISTINE_PROC: &str = "/dev/.sysbox/proc";
+const PRISTINE_SYS: &str = "/dev/.sysbox/sys";
+
+/// File systems that are the kernel's own, on which ids mean nothing to shift.
+const KERNEL_MAGICS: &[i64] = &[
+    libc::PROC_SUPER_MAGIC, 0x6265_6572, /* sysfs */
+    libc::CGROUP_SUPER_MAGIC, libc::CGROUP2_SUPER_MAGIC, 0x1cd1, /* devpts */
+    libc::DEBUGFS_MAGIC, libc::TRACEFS_MAGIC, libc::SECURITYFS_MAGIC, 0x1980_0202, /* mqueue */
+];
+
+pub(super) fn plan(
+    bundle: &Bundle,
+    survey: &Survey,
+    map: &IdMap,
+    stage: &Stage,
+    prepared: &Prepared,
+    root: Root,
+    warnings: &mut Vec<String>,
+) -> Result<Mounted, PlanError> {
+    let asked: Vec<Mount> = bundle.spec.mounts().iter().flatten().cloned().map(normal).collect();
+    let mut planner = Planner { bundle, survey, map, stage, root, warnings, done: Mounted::default(), staged: 0 };
+    let locked = locked_binds(&asked);
+    for (at, mount) in asked.iter().enumerate() {
+        planner.spec_mount(at, mount, locked.contains(&at))?;
+    }
+    planner.machine_mounts(&asked, prepared);
+    planner.layer_roots(&asked);
+    planner.hidden_paths();
+    planner.targets();
+    Ok(planner.done)
+}
+
+/// `destination` without `.`, `..` and double slashes, as a path inside a root.
+fn normal(mut mount: Mount) -> Mount {
+    let mut clean = PathBuf::from("/");
+    for part in mount.destination().components() {
+        match part {
+            Component::Normal(name) => clean.push(name),
+            Component::ParentDir => drop(clean.pop()),
+            Component::RootDir | Component::CurDir | Component::Prefix(_) => {}
+        }
+    }
+    mount.set_destination(clean);
+    mount
+}
+
+/// The mount of the list whose destination is the nearest above `at`'s.
+fn parent_of(mounts: &[Mount], at: usize) -> Option<usize> {
+    let destination = mounts[at].destination();
+    (0..mounts.len())
+        .filter(|other| *other != at && destination.starts_with(mounts[*other].destination()))
+        // Of two on the same place, the later lies on top; one on our own place counts only if it came before.
+        .filter(|other| mounts[*other].destination() != destination || *other < at)
+        .max_by_key(|other| (mounts[*other].destination().components().count(), *other))
+}
+
+/// Read-only binds below other binds, with all that they stand on: taken off, the writable one would show the same files.
+fn locked_binds(mounts: &[Mount]) -> Vec<usize> {
+    let mut locked = Vec::new();
+    for at in 0..mounts.len() {
+        if !is_bind(&mounts[at]) || !attributes(&mounts[at]).0.read_only {
+            continue;
+        }
+        let mut chain = vec![at];
+        while let Some(parent) = parent_of(mounts, chain[chain.len() - 1]) {
+            chain.push(parent);
+        }
+        // On the rootfs alone, or on something that init makes (a tmpfs), there is nothing of the host's below it.
+        if chain.len() > 1 && chain.iter().all(|link| is_bind(&mounts[*link])) {
+            locked.extend(chain);
+        }
+    }
+    locked.sort_unstable();
+    locked.dedup();
+    locked
+}
+
+/// The flags among a mount's options: for its top, and for the whole tree.
+fn attributes(mount: &Mount) -> (Attributes, Attributes) {
+    let (mut top, mut tree) = (Attributes::default(), Attributes::default());
+    for option in mount.options().iter().flatten() {
+        match option.as_str() {
+            "ro" => top.read_only = true,
+            "rw" => top.read_only = false,
+            "nosuid" => top.nosuid = true,
+            "suid" => top.nosuid = false,
+            "nodev" => top.nodev = true,
+            "dev" => top.nodev = false,
+            "noexec" => top.noexec = true,
+            "exec" => top.noexec = false,
+            "rro" => tree.read_only = true,
+            "rnosuid" => tree.nosuid = true,
+            "rnodev" => tree.nodev = true,
+            "rnoexec" => tree.noexec = true,
+            _ => {}
+        }
+    }
+    (top, tree)
+}
+
+fn mount(destination: impl Into<PathBuf>, typ: &str, source: impl Into<PathBuf>, options: &[&str]) -> Mount {
+    let options: Vec<String> = options.iter().map(|option| (*option).to_owned()).collect();
+    MountBuilder::default()
+        .destination(destination)
+        .typ(typ)
+        .source(source)
+        .options(options)
+        .build()
+        .expect("a mount with destination, type, source and options is complete")
+}
+
+struct Planner<'a> {
+    bundle: &'a Bundle,
+    survey: &'a Survey,
+    map: &'a IdMap,
+    stage: &'a Stage,
+    root: Root,
+    warnings: &'a mut Vec<String>,
+    done: Mounted,
+    staged: usize,
+}
+
+const NO: [&str; 3] = ["nosuid", "noexec", "nodev"];
+
+impl Planner<'_> {
+    fn spec_mount(&mut self, at: usize, asked: &Mount, locked: bool) -> Result<(), PlanError> {
+        let destination = asked.destination().clone();
+        let typ = asked.typ().as_deref().unwrap_or_default();
+        let below_cgroup = destination.starts_with("/sys/fs/cgroup");
+        if is_bind(asked) && !below_cgroup {
+            return self.bind(at, asked, locked);
+        }
+        match destination.to_str() {
+            Some("/proc") => self.done.mounts.push(mount(destination, "proc", "proc", &NO)),
+            Some("/sys") => {
+                let mut options = NO.to_vec();
+                if self.root.read_only {
+                    options.push("ro");
+                }
+                self.done.mounts.push(mount(destination, "sysfs", "sysfs", &options));
+            }
+            Some("/sys/fs/cgroup") => {
+                let options = [NO.as_slice(), &["relatime", "rw"]].concat();
+                self.done.mounts.push(mount(destination, "cgroup", "cgroup", &options));
+            }
+            // The container's own hierarchies show what the engine's single mounts would have.
+            _ if below_cgroup => {}
+            _ if matches!(typ, "proc" | "sysfs") => self.done.mounts.push(mount(destination, typ, typ, &NO)),
+            _ => self.done.mounts.push(asked.clone()),
+        }
+        Ok(())
+    }
+
+    fn bind(&mut self, at: usize, asked: &Mount, locked: bool) -> Result<(), PlanError> {
+        let destination = asked.destination().clone();
+        let inside_proc = destination.starts_with("/proc");
+        if inside_proc && !PROC_FILES.iter().any(|file| Path::new(file) == destination) {
+            return Err(PlanError::InsideProc { at, destination });
+        }
+        let path = source_path(asked, &self.bundle.dir);
+        let Some(source) = self.survey.sources.get(&path).cloned() else {
+            return Err(PlanError::NoSource { at, source_path: path });
+        };
+        let (top, tree) = attributes(asked);
+        let tree_wanted = asked.options().iter().flatten().any(|option| option == "rbind");
+        let writable = !top.read_only && !tree.read_only && !self.root_only(&source);
+        if writable && source.is_directory && source.exposed && !self.is_engines(&path) {
+            self.warnings.push(format!(
+                "bind mount {}: users of the host can reach {}, so root of the container can leave setuid files there for \
+                 them; hint: close a directory on the way (chmod 700), or mount it read-only",
+                destination.display(),
+                path.display()
+            ));
+        }
+        let kind = if source.is_directory { TargetKind::Directory } else { TargetKind::File };
+        let place = if locked {
+            Place::Locked(Target { path: destination.clone(), kind })
+        } else {
+            let number = self.number();
+            let extent = if tree_wanted { "rbind" } else { "bind" };
+            self.done.mounts.push(mount(destination, "bind", self.stage.bind(number), &[extent]));
+            Place::Staged(number)
+        };
+        self.done.binds.push(Bind {
+            is_directory: source.is_directory,
+            extent: if tree_wanted { Extent::Tree } else { Extent::Mount },
+            top,
+            tree,
+            shift: self.shift_of(asked, &source),
+            source: path,
+            place,
+        });
+        Ok(())
+    }
+
+    /// Whether a source is one that only root of the host owns and sets up for this container (a file, not a tree).
+    fn root_only(&self, source: &Source) -> bool {
+        !source.is_directory
+    }
+
+    /// The engine's own per-container directories (shm, secrets) are no concern of the user's.
+    fn is_engines(&self, path: &Path) -> bool {
+        path.starts_with(&self.bundle.dir) || path.ends_with("mounts/shm")
+    }
+
+    fn shift_of(&self, asked: &Mount, source: &Source) -> Shift {
+        let wants = asked.options().iter().flatten().any(|option| option == "idmap" || option == "ridmap");
+        let owned = self.map.owns_host_uid(source.uid);
+        if wants {
+            Shift::Must
+        } else if owned || KERNEL_MAGICS.contains(&source.magic) || source.magic == OVERLAY_MAGIC {
+            Shift::Never
+        } else if self.root.shift == Shift::Never {
+            // userns-remap: the user was told to give his sources to the mapped root.
+            Shift::Never
+        } else {
+            Shift::Try
+        }
+    }
+
+    fn number(&mut self) -> usize {
+        self.staged += 1;
+        self.staged - 1
+    }
+
+    /// What a machine has and no engine asks for.
+    fn machine_mounts(&mut self, asked: &[Mount], prepared: &Prepared) {
+        let taken = |path: &str| asked.iter().any(|mount| mount.destination() == Path::new(path));
+        if !taken("/sys/fs/cgroup") {
+            self.done.mounts.push(mount("/sys/fs/cgroup", "cgroup", "cgroup", &[NO.as_slice(), &["relatime"]].concat()));
+        }
+        for leaf in &prepared.leaves {
+            let inside = format!("/{leaf}");
+            if !taken(&inside) {
+                self.done.mounts.push(mount(inside, "bind", prepared.directory.join(leaf), &["bind"]));
+            }
+        }
+        // systemd mounts these, and fails where it may not; a tmpfs of ours satisfies it.
+        for path in ["/sys/kernel/debug", "/sys/kernel/tracing", "/sys/kernel/config"] {
+            if self.survey.present.contains(&path) && !taken(path) {
+                self.done.mounts.push(mount(path, "tmpfs", "tmpfs", &[NO.as_slice(), &["mode=755", "size=64k"]].concat()));
+            }
+        }
+        self.done.mounts.push(mount(PRISTINE_PROC, "proc", "proc", &NO));
+        self.done.mounts.push(mount(PRISTINE_SYS, "sysfs", "sysfs", &NO));
+    }
+
+    /// Data roots in the container's own layer: an overlay cannot be the upper layer of another, its upper directory can.
+    fn layer_roots(&mut self, asked: &[Mount]) {
+        if !matches!(self.survey.ground, Ground::Overlay(_)) || self.root.read_only {
+            return;
+        }
+        for path in DATA_ROOTS {
+            // A mount of the user's at, above or below the place is his way of saying where the data goes.
+            let own = asked.iter().any(|mount| {
+                mount.destination() != Path::new("/")
+                    && (mount.destination().starts_with(path) || Path::new(path).starts_with(mount.destination()))
+            });
+            if own {
+                continue;
+            }
+            let number = self.number();
+            self.done.mounts.push(mount(*path, "bind", self.stage.bind(number), &["bind"]));
+            self.done.layer_roots.push(LayerRoot { path: PathBuf::from(path), bind: number });
+        }
+    }
+
+    fn hidden_paths(&mut self) {
+        let Some(linux) = self.bundle.spec.linux() else { return };
+        let of_kernel = |path: &str| ["/proc", "/sys"].iter().any(|top| Path::new(path).starts_with(top));
+        let kept = |path: &&String| !UNMASKED.contains(&path.as_str());
+        for path in linux.masked_paths().iter().flatten().filter(kept) {
+            if of_kernel(path) {
+                self.done.masked.push(path.clone());
+            } else {
+                self.done.masks.push(PathBuf::from(path));
+            }
+        }
+        self.done.read_only.extend(linux.readonly_paths().iter().flatten().filter(kept).cloned());
+    }
+
+    /// The destinations directly on the rootfs; those on other mounts are made when these are there.
+    fn targets(&mut self) {
+        let locked = self.done.binds.iter().filter_map(|bind| match &bind.place {
+            Place::Locked(target) => Some(target.clone()),
+            Place::Staged(_) => None,
+        });
+        let mut all: Vec<Target> = locked.collect();
+        for mount in &self.done.mounts {
+            let staged = self.done.binds.iter().find(|bind| match bind.place {
+                Place::Staged(number) => Some(self.stage.bind(number)) == *mount.source(),
+                Place::Locked(_) => false,
+            });
+            let leaf = mount.destination().starts_with("/proc/");
+            let file = leaf || staged.is_some_and(|bind| !bind.is_directory);
+            let kind = if file { TargetKind::File } else { TargetKind::Directory };
+            all.push(Target { path: mount.destination().clone(), kind });
+        }
+        let on_root = |target: &&Target| {
+            !all.iter().any(|other| target.path != other.path && target.path.starts_with(&other.path))
+                && target.path != Path::new("/")
+        };
+        let mut targets: Vec<Target> = all.iter().filter(on_root).cloned().collect();
+        targets.dedup_by(|a, b| a.path == b.path);
+        self.done.targets = targets;
+        // Parents before children, so that each lands on the one below it.
+        self.done.binds.sort_by_key(|bind| match &bind.place {
+            Place::Locked(target) => (0, target.path.components().count()),
+            Place::Staged(_) => (1, 0),
+        });
+    }
+}

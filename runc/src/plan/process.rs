@@ -1,0 +1,90 @@
+//! What the first process of a container, or of an exec, becomes: user, capabilities, directory, program.
+
+use std::collections::HashSet;
+use std::path::PathBuf;
+
+use caps::Capability;
+use oci_spec::runtime::{Process, UserBuilder};
+use sysbox_ipc::IdMap;
+use sysbox_ipc::mgr::HostFacts;
+
+use super::PlanError;
+
+/// The last stage of a start, carried out inside the container by `init.rs`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    pub args: Vec<String>,
+    pub env: Vec<String>,
+    pub cwd: PathBuf,
+    pub uid: u32,
+    pub gid: u32,
+    pub groups: Vec<u32>,
+    pub umask: Option<u32>,
+    pub bounding: HashSet<Capability>,
+    /// Permitted and effective alike. Inheritable and ambient stay empty: they would hand capabilities to programs that
+    /// were never meant to have them (CVE-2022-24769).
+    pub effective: HashSet<Capability>,
+    pub no_new_privileges: bool,
+    /// Where libcontainer is to apply one.
+    pub apparmor: Option<String>,
+}
+
+/// Profiles that engines give to every container. They refuse mount(2), without which no machine boots.
+const ENGINE_PROFILES: &[&str] = &["docker-default", "containers-default", "crio-default", "cri-containerd.apparmor.d"];
+
+/// Decides what the process becomes: root has every capability, another user none that is effective.
+///
+/// # Errors
+/// An id that is not mapped; an AppArmor profile that cannot be applied.
+pub fn entry(process: &Process, map: &IdMap, facts: &HostFacts) -> Result<Entry, PlanError> {
+    let user = process.user();
+    let groups = user.additional_gids().clone().unwrap_or_default();
+    if map.host_uid(user.uid()).is_none() {
+        return Err(PlanError::UnmappedId { kind: "uid", id: user.uid(), last: last(map.uids()) });
+    }
+    for gid in std::iter::once(user.gid()).chain(groups.iter().copied()) {
+        if map.host_gid(gid).is_none() {
+            return Err(PlanError::UnmappedId { kind: "gid", id: gid, last: last(map.gids()) });
+        }
+    }
+    let all = caps::all();
+    Ok(Entry {
+        args: process.args().clone().unwrap_or_default(),
+        env: process.env().clone().unwrap_or_default(),
+        cwd: process.cwd().clone(),
+        uid: user.uid(),
+        gid: user.gid(),
+        groups,
+        umask: user.umask(),
+        effective: if user.uid() == 0 { all.clone() } else { HashSet::new() },
+        bounding: all,
+        no_new_privileges: process.no_new_privileges().unwrap_or(false),
+        apparmor: apparmor(process.apparmor_profile().as_deref(), facts)?,
+    })
+}
+
+fn last(lines: &[sysbox_ipc::IdMapLine]) -> u32 {
+    lines.iter().map(|line| line.inside + (line.count - 1)).max().unwrap_or_default()
+}
+
+fn apparmor(asked: Option<&str>, facts: &HostFacts) -> Result<Option<String>, PlanError> {
+    match asked {
+        None | Some("" | "unconfined") => Ok(None),
+        Some(profile) if ENGINE_PROFILES.iter().any(|engine| profile.starts_with(engine)) => Ok(None),
+        Some(profile) if !facts.apparmor => Err(PlanError::NoAppArmor { profile: profile.to_owned() }),
+        Some(profile) => Ok(Some(profile.to_owned())),
+    }
+}
+
+/// What is left of the process for libcontainer: root with everything, in `/`. The rest comes last, from [`Entry`].
+pub(super) fn for_libcontainer(mut process: Process, apparmor: Option<String>) -> Process {
+    let root = UserBuilder::default().uid(0u32).gid(0u32).build().expect("a user needs its ids alone");
+    process.set_user(root);
+    process.set_capabilities(None);
+    process.set_rlimits(None);
+    process.set_no_new_privileges(None);
+    process.set_apparmor_profile(apparmor);
+    process.set_cwd(PathBuf::from("/"));
+    process.set_oom_score_adj(None);
+    process
+}

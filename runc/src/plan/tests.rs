@@ -1,0 +1,245 @@
+use super::*;
+use crate::survey::{Ground, Overlay, Source};
+use proptest::prelude::*;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::path::Component;
+use sysbox_ipc::IdRange;
+use sysbox_ipc::mgr::HostFacts;
+
+fn source(is_directory: bool) -> Source {
+    Source { is_directory, dev: 1, ino: 2, uid: 0, gid: 0, magic: 0xef53, exposed: false }
+}
+
+fn spec(mounts: Value, more: Value) -> Spec {
+    let mut spec = json!({
+        "ociVersion": "1.0.2",
+        "root": {"path": "rootfs"},
+        "process": {"args": ["sh"], "cwd": "/", "user": {"uid": 0, "gid": 0}},
+        "mounts": mounts,
+        "linux": {"namespaces": [{"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "network"}]},
+    });
+    for (key, value) in more.as_object().unwrap() {
+        spec["linux"][key] = value.clone();
+    }
+    serde_json::from_value(spec).unwrap()
+}
+
+fn planned(spec: Spec) -> Result<Plan, PlanError> {
+    let bundle = Bundle { dir: "/b".into(), rootfs: "/b/rootfs".into(), spec };
+    let mut sources = BTreeMap::new();
+    for name in ["/h/a", "/h/b", "/h/c"] {
+        sources.insert(PathBuf::from(name), source(true));
+    }
+    sources.insert(PathBuf::from("/h/file"), source(false));
+    sources.insert(PathBuf::from("/h/open"), Source { exposed: true, ..source(true) });
+    sources.insert(PathBuf::from("/h/ours"), Source { uid: 300_005, ..source(true) });
+    let overlay = Overlay { lowers: vec!["/l".into()], upper: "/u/diff".into(), work: "/u/work".into() };
+    let survey = Survey {
+        ground: Ground::Overlay(overlay),
+        root_owner: (0, 0),
+        sources,
+        present: vec!["/dev/fuse", "/sys/kernel/debug"],
+        boottime_ns: 12_345_000_000_000,
+        cgroup_v2: false,
+    };
+    let facts = HostFacts { time_namespace: true, ..HostFacts::default() };
+    let id_map = IdMap::of_range(IdRange { start: 300_000, count: 65536 }).unwrap();
+    let grant = Grant { id_map, slot: 1, share_with: None, facts };
+    let prepared = Prepared { directory: "/fs/c".into(), leaves: vec!["proc/meminfo".into()] };
+    plan(&bundle, &survey, &grant, &Stage { dir: "/s".into() }, &prepared)
+}
+
+fn bind(destination: &str, source: &str, options: &[&str]) -> Value {
+    json!({"destination": destination, "type": "bind", "source": source, "options": options})
+}
+
+fn locked(plan: &Plan) -> Vec<String> {
+    let path = |bind: &Bind| match &bind.place {
+        Place::Locked(target) => Some(target.path.display().to_string()),
+        Place::Staged(_) => None,
+    };
+    plan.binds.iter().filter_map(path).collect()
+}
+
+#[test]
+fn read_only_binds_below_binds_are_locked_with_what_they_stand_on() {
+    for (mounts, expected) in [
+        (json!([bind("/a", "/h/a", &["rbind", "ro"])]), vec![]),
+        (json!([bind("/a", "/h/a", &["rbind"]), bind("/a/b", "/h/b", &["rbind"])]), vec![]),
+        (json!([bind("/a", "/h/a", &["rbind"]), bind("/a/b", "/h/b", &["rbind", "ro"])]), vec!["/a", "/a/b"]),
+        (json!([bind("/a/b", "/h/b", &["ro", "bind"]), bind("/a", "/h/a", &["bind"])]), vec!["/a", "/a/b"]),
+        (json!([bind("/a", "/h/a", &[]), bind("/a/../a/./b", "/h/b", &["ro"])]), vec!["/a", "/a/b"]),
+        (json!([{"destination": "/a", "type": "tmpfs", "source": "tmpfs"}, bind("/a/b", "/h/b", &["ro"])]), vec![]),
+        (
+            json!([bind("/a", "/h/a", &[]), bind("/a/b", "/h/b", &[]), bind("/a/b/c", "/h/c", &["ro"]), bind("/ab", "/h/c", &[])]),
+            vec!["/a", "/a/b", "/a/b/c"],
+        ),
+    ] {
+        assert_eq!(locked(&planned(spec(mounts, json!({}))).unwrap()), expected);
+    }
+}
+
+#[test]
+fn namespaces_and_time_are_added() {
+    let plan = planned(spec(json!([]), json!({}))).unwrap();
+    let linux = plan.spec.linux().as_ref().unwrap();
+    let names: Vec<String> = linux.namespaces().iter().flatten().map(|n| n.typ().to_string()).collect();
+    assert_eq!(names, ["pid", "ipc", "uts", "mnt", "net", "user", "cgroup", "time"]);
+    let offset = &linux.time_offsets().as_ref().unwrap()["boottime"];
+    assert_eq!((offset.secs(), offset.nanosecs()), (Some(-12_345), Some(0)));
+}
+
+#[test]
+fn mounts_of_an_engine_become_those_of_a_machine() {
+    let plan = planned(spec(
+        json!([
+            {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "ro"]},
+            {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "ro"]},
+            {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro"]},
+            bind("/etc/hosts", "/h/file", &["rbind", "rprivate"]),
+        ]),
+        json!({}),
+    ))
+    .unwrap();
+    let shown: Vec<String> = plan
+        .spec
+        .mounts()
+        .iter()
+        .flatten()
+        .map(|m| {
+            let options = m.options().iter().flatten().cloned().collect::<Vec<_>>().join(",");
+            format!("{} {} {} {options}", m.destination().display(), m.typ().as_deref().unwrap(), m.source().as_ref().unwrap().display())
+        })
+        .collect();
+    let mut expected = vec![
+        "/proc proc proc nosuid,noexec,nodev".to_owned(),
+        "/sys sysfs sysfs nosuid,noexec,nodev".to_owned(),
+        "/sys/fs/cgroup cgroup cgroup nosuid,noexec,nodev,relatime,rw".to_owned(),
+        "/etc/hosts bind /s/binds/0 rbind".to_owned(),
+        "/proc/meminfo bind /fs/c/proc/meminfo bind".to_owned(),
+        "/sys/kernel/debug tmpfs tmpfs nosuid,noexec,nodev,mode=755,size=64k".to_owned(),
+        "/dev/.sysbox/proc proc proc nosuid,noexec,nodev".to_owned(),
+        "/dev/.sysbox/sys sysfs sysfs nosuid,noexec,nodev".to_owned(),
+    ];
+    expected.extend(DATA_ROOTS.iter().enumerate().map(|(at, root)| format!("{root} bind /s/binds/{} bind", at + 1)));
+    assert_eq!(shown, expected);
+    let file = plan.targets.iter().find(|target| target.path == Path::new("/etc/hosts")).unwrap();
+    assert_eq!(file.kind, TargetKind::File);
+}
+
+#[test]
+fn a_users_mount_on_a_data_root_takes_its_place() {
+    let roots = |mounts| planned(spec(mounts, json!({}))).unwrap().layer_roots.len();
+    assert_eq!(roots(json!([])), DATA_ROOTS.len());
+    assert_eq!(roots(json!([bind("/var/lib/docker", "/h/a", &[])])), DATA_ROOTS.len() - 1);
+    assert_eq!(roots(json!([bind("/var/lib", "/h/a", &[])])), 0);
+}
+
+#[test]
+fn sources_are_shifted_unless_they_are_the_containers_already() {
+    let shift = |source| planned(spec(json!([bind("/x", source, &[])]), json!({}))).unwrap().binds[0].shift;
+    assert_eq!(shift("/h/a"), Shift::Try);
+    assert_eq!(shift("/h/ours"), Shift::Never);
+}
+
+#[test]
+fn a_source_that_host_users_reach_is_warned_of_with_the_remedy() {
+    let warnings = |options: &[&str]| planned(spec(json!([bind("/x", "/h/open", options)]), json!({}))).unwrap().warnings;
+    assert!(warnings(&["ro"]).is_empty());
+    let said = warnings(&["rw"]).join("\n");
+    assert!(said.contains("/h/open") && said.contains("chmod 700"), "{said}");
+}
+
+#[test]
+fn faults_name_the_mount() {
+    let refusal = |mounts| planned(spec(mounts, json!({}))).unwrap_err().to_string();
+    assert_eq!(
+        refusal(json!([bind("/x", "/h/a", &[]), bind("/y", "/gone", &[])])),
+        "/mounts/1: bind source /gone: no such file or directory"
+    );
+    assert_eq!(
+        refusal(json!([bind("/proc/sys", "/h/a", &[])])),
+        "/mounts/0: /proc/sys cannot be mounted because it is inside /proc"
+    );
+}
+
+#[test]
+fn sysctls_that_reach_the_host_are_refused() {
+    let with = |key: &str, value: &str| planned(spec(json!([]), json!({"sysctl": {key: value}})));
+    assert_eq!(
+        with("kernel.panic", "1").unwrap_err().to_string(),
+        "/linux/sysctl: `kernel.panic` is not namespaced: it would change the host"
+    );
+    assert!(with("net/../kernel/panic", "1").is_err());
+    let fitted = with("net.ipv4.ping_group_range", "0 2147483647").unwrap();
+    assert_eq!(fitted.spec.linux().as_ref().unwrap().sysctl().as_ref().unwrap()["net.ipv4.ping_group_range"], "0 65535");
+    let named = with("kernel.domainname", "example").unwrap();
+    assert_eq!(named.spec.domainname().as_deref(), Some("example"));
+}
+
+#[test]
+fn root_has_every_capability_and_another_user_none() {
+    let entry_of = |uid: u32| {
+        let mut spec = spec(json!([]), json!({}));
+        spec.process_mut().as_mut().unwrap().user_mut().set_uid(uid);
+        planned(spec).map(|plan| plan.entry)
+    };
+    let root = entry_of(0).unwrap();
+    assert_eq!((root.effective.len(), root.bounding.len()), (caps::all().len(), caps::all().len()));
+    assert!(entry_of(1000).unwrap().effective.is_empty());
+    assert_eq!(
+        entry_of(70000).unwrap_err().to_string(),
+        "/process/user: uid 70000 is not mapped in the container (0 to 65535)"
+    );
+}
+
+#[test]
+fn devices_outside_dev_are_refused() {
+    let with = |path: &str| planned(spec(json!([]), json!({"devices": [{"path": path, "type": "c", "major": 1, "minor": 3}]})));
+    for path in ["/etc/x", "/dev", "/dev/../etc/x", "dev/x"] {
+        assert_eq!(with(path).unwrap_err(), PlanError::DevicePath { path: path.into() });
+    }
+    assert!(with("/dev/mine").unwrap().nodes.iter().any(|node| node.path == Path::new("/dev/mine")));
+}
+
+#[test]
+fn contiguous_lines_of_a_map_are_joined() {
+    let line = |inside: u32, outside: u32, count: u32| json!({"containerID": inside, "hostID": outside, "size": count});
+    let lines = json!([line(100, 200_100, 65436), line(0, 200_000, 100)]);
+    let map = own_map(&spec(json!([]), json!({"uidMappings": lines.clone(), "gidMappings": lines}))).unwrap().unwrap();
+    assert_eq!(map, IdMap::of_range(IdRange { start: 200_000, count: 65536 }).unwrap());
+}
+
+proptest! {
+    /// Whatever a spec says, every target is absolute and stays below the rootfs, and every source is staged or ours.
+    #[test]
+    fn no_plan_names_a_target_outside_the_rootfs(
+        destinations in proptest::collection::vec("(/(\\.\\.|\\.|a|b|proc|sys|dev|var|lib|docker|etc)){1,6}/?", 0..6),
+        read_only in proptest::collection::vec(any::<bool>(), 6),
+    ) {
+        let mounts: Vec<Value> = destinations
+            .iter()
+            .zip(&read_only)
+            .map(|(destination, ro)| bind(destination, "/h/a", if *ro { &["rbind", "ro"] } else { &["rbind"] }))
+            .collect();
+        let Ok(plan) = planned(spec(json!(mounts), json!({}))) else { return Ok(()) };
+        let stays = |path: &Path| path.is_absolute() && !path.components().any(|part| part == Component::ParentDir);
+        for target in &plan.targets {
+            prop_assert!(stays(&target.path), "{target:?}");
+        }
+        for mount in plan.spec.mounts().iter().flatten() {
+            prop_assert!(stays(mount.destination()), "{mount:?}");
+            if is_bind(mount) {
+                let source = mount.source().as_ref().unwrap();
+                prop_assert!(source.starts_with("/s/binds") || source.starts_with("/fs/c"), "{mount:?}");
+            }
+        }
+        for bind in &plan.binds {
+            if let Place::Locked(target) = &bind.place {
+                prop_assert!(stays(&target.path), "{target:?}");
+            }
+        }
+        prop_assert!(plan.nodes.iter().all(|node| node.path.starts_with("/dev") && stays(&node.path)));
+    }
+}

@@ -1,0 +1,256 @@
+//! What must be looked up before a plan can be made: what the rootfs stands on, what each bind source is. Reads only.
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::Spec;
+
+use crate::bundle::Bundle;
+
+/// The engine's overlay, as mountinfo tells it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Overlay {
+    /// Top first.
+    pub lowers: Vec<PathBuf>,
+    pub upper: PathBuf,
+    pub work: PathBuf,
+}
+
+/// What holds the root file system.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Ground {
+    Overlay(Overlay),
+    Directory,
+}
+
+/// One bind source on the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Source {
+    pub is_directory: bool,
+    pub dev: u64,
+    pub ino: u64,
+    pub uid: u32,
+    pub gid: u32,
+    /// f_type of statfs(2).
+    pub magic: i64,
+    /// Whether users of the host other than root can reach it: every directory on the way is open to them.
+    pub exposed: bool,
+}
+
+/// All of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Survey {
+    pub ground: Ground,
+    /// Owner of the rootfs's top directory.
+    pub root_owner: (u32, u32),
+    /// Bind sources by path; one that is missing is not here.
+    pub sources: BTreeMap<PathBuf, Source>,
+    /// Host paths that exist, among those the plan may want: /dev/fuse, /sys/kernel/debug …
+    pub present: Vec<&'static str>,
+    /// CLOCK_BOOTTIME, in nanoseconds.
+    pub boottime_ns: i64,
+    /// Whether /sys/fs/cgroup is the unified hierarchy.
+    pub cgroup_v2: bool,
+}
+
+/// Host paths that the plan asks about.
+pub const ASKED: &[&str] = &["/dev/fuse", "/dev/net/tun", "/sys/kernel/debug", "/sys/kernel/tracing", "/sys/kernel/config"];
+
+pub const OVERLAY_MAGIC: i64 = libc::OVERLAYFS_SUPER_MAGIC;
+const CGROUP2_MAGIC: i64 = libc::CGROUP2_SUPER_MAGIC;
+
+#[derive(Debug, thiserror::Error)]
+pub enum SurveyError {
+    #[error("read /proc/self/mountinfo: {0}")]
+    Mountinfo(std::io::Error),
+    #[error("rootfs {}: {source}", path.display())]
+    Rootfs { path: PathBuf, source: std::io::Error },
+    #[error("rootfs {}: the overlay has no upper directory", path.display())]
+    NoUpper { path: PathBuf },
+}
+
+/// Looks everything up.
+///
+/// # Errors
+/// See [`SurveyError`]. A missing bind source is not an error here: the plan says which mount it was for.
+pub fn look(bundle: &Bundle) -> Result<Survey, SurveyError> {
+    let mountinfo = std::fs::read_to_string("/proc/self/mountinfo").map_err(SurveyError::Mountinfo)?;
+    let rootfs = std::fs::metadata(&bundle.rootfs)
+        .map_err(|source| SurveyError::Rootfs { path: bundle.rootfs.clone(), source })?;
+    Ok(Survey {
+        ground: ground_of(&bundle.rootfs, &mountinfo)?,
+        root_owner: (rootfs.uid(), rootfs.gid()),
+        sources: sources_of(&bundle.spec, &bundle.dir),
+        present: ASKED.iter().copied().filter(|path| Path::new(path).exists()).collect(),
+        boottime_ns: boottime_ns(),
+        cgroup_v2: magic_of(Path::new("/sys/fs/cgroup")) == CGROUP2_MAGIC,
+    })
+}
+
+fn boottime_ns() -> i64 {
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)
+        .expect("CLOCK_BOOTTIME exists since Linux 2.6.39 and takes no argument that could be wrong");
+    now.tv_sec() * 1_000_000_000 + now.tv_nsec()
+}
+
+fn magic_of(path: &Path) -> i64 {
+    nix::sys::statfs::statfs(path).map_or(0, |facts| facts.filesystem_type().0)
+}
+
+/// Whether a mount of the spec is a bind, by runc's rule: the type or the option says so.
+pub fn is_bind(mount: &oci_spec::runtime::Mount) -> bool {
+    mount.typ().as_deref() == Some("bind")
+        || mount.options().iter().flatten().any(|option| option == "bind" || option == "rbind")
+}
+
+/// The host path that a bind names; relative ones count from the bundle, as in runc.
+pub fn source_path(mount: &oci_spec::runtime::Mount, bundle: &Path) -> PathBuf {
+    bundle.join(mount.source().clone().unwrap_or_default())
+}
+
+fn sources_of(spec: &Spec, bundle: &Path) -> BTreeMap<PathBuf, Source> {
+    let binds = spec.mounts().iter().flatten().filter(|mount| is_bind(mount));
+    binds
+        .filter_map(|mount| {
+            let path = source_path(mount, bundle);
+            let facts = std::fs::metadata(&path).ok()?;
+            let source = Source {
+                is_directory: facts.is_dir(),
+                dev: facts.dev(),
+                ino: facts.ino(),
+                uid: facts.uid(),
+                gid: facts.gid(),
+                magic: magic_of(&path),
+                exposed: is_exposed(&path),
+            };
+            Some((path, source))
+        })
+        .collect()
+}
+
+/// A directory on the way without the search bit for others closes it (the seed guide's rule 2).
+fn is_exposed(path: &Path) -> bool {
+    let Ok(real) = path.canonicalize() else { return false };
+    real.ancestors().filter(|p| p.is_dir()).all(|dir| std::fs::metadata(dir).is_ok_and(|facts| facts.mode() & 0o001 != 0))
+}
+
+/// Finds the mount at `rootfs` and takes its overlay options apart.
+fn ground_of(rootfs: &Path, mountinfo: &str) -> Result<Ground, SurveyError> {
+    // The last one wins: it lies on top.
+    let line = mountinfo.lines().rev().find(|line| {
+        line.split(' ').nth(4).is_some_and(|point| unescape_octal(point) == rootfs.as_os_str().as_encoded_bytes())
+    });
+    let Some((_, tail)) = line.and_then(|line| line.split_once(" - ")) else { return Ok(Ground::Directory) };
+    let mut fields = tail.split(' ');
+    if fields.next() != Some("overlay") {
+        return Ok(Ground::Directory);
+    }
+    let options = unescape_octal(fields.nth(1).unwrap_or_default());
+    let mut overlay = Overlay { lowers: Vec::new(), upper: PathBuf::new(), work: PathBuf::new() };
+    for option in split_unescaped(&options, b',') {
+        let Some(at) = option.iter().position(|byte| *byte == b'=') else { continue };
+        let (key, value) = (&option[..at], &option[at + 1..]);
+        match key {
+            b"upperdir" => overlay.upper = path_of(&unescape_backslash(value)),
+            b"workdir" => overlay.work = path_of(&unescape_backslash(value)),
+            b"lowerdir" => {
+                let lowers = split_unescaped(value, b':');
+                overlay.lowers.extend(lowers.iter().map(|lower| path_of(&unescape_backslash(lower))));
+            }
+            b"lowerdir+" => overlay.lowers.push(path_of(&unescape_backslash(value))),
+            _ => {}
+        }
+    }
+    if overlay.upper.as_os_str().is_empty() {
+        return Err(SurveyError::NoUpper { path: rootfs.to_owned() });
+    }
+    // Docker names layers by short links relative to its overlay2 directory when the option string would be too long.
+    let home = overlay.upper.parent().and_then(Path::parent).unwrap_or(Path::new("/")).to_owned();
+    for lower in &mut overlay.lowers {
+        *lower = home.join(&*lower);
+    }
+    Ok(Ground::Overlay(overlay))
+}
+
+fn path_of(bytes: &[u8]) -> PathBuf {
+    use std::os::unix::ffi::OsStrExt;
+    PathBuf::from(std::ffi::OsStr::from_bytes(bytes))
+}
+
+/// mountinfo writes space, tab, newline and backslash as `\ooo` (proc(5)).
+fn unescape_octal(text: &str) -> Vec<u8> {
+    let bytes = text.as_bytes();
+    let mut plain = Vec::with_capacity(bytes.len());
+    let mut at = 0;
+    while at < bytes.len() {
+        let digits = bytes.get(at + 1..at + 4).filter(|d| bytes[at] == b'\\' && d.iter().all(|c| (b'0'..b'8').contains(c)));
+        if let Some(d) = digits {
+            plain.push(((d[0] - b'0') << 6) | ((d[1] - b'0') << 3) | (d[2] - b'0'));
+            at += 4;
+        } else {
+            plain.push(bytes[at]);
+            at += 1;
+        }
+    }
+    plain
+}
+
+fn split_unescaped(text: &[u8], separator: u8) -> Vec<Vec<u8>> {
+    let mut parts = vec![Vec::new()];
+    let mut escaped = false;
+    for byte in text {
+        if *byte == separator && !escaped {
+            parts.push(Vec::new());
+        } else if let Some(part) = parts.last_mut() {
+            part.push(*byte);
+        }
+        escaped = *byte == b'\\' && !escaped;
+    }
+    parts.retain(|part| !part.is_empty());
+    parts
+}
+
+fn unescape_backslash(text: &[u8]) -> Vec<u8> {
+    let mut plain = Vec::with_capacity(text.len());
+    let mut escaped = false;
+    for byte in text {
+        if *byte == b'\\' && !escaped {
+            escaped = true;
+        } else {
+            plain.push(*byte);
+            escaped = false;
+        }
+    }
+    plain
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ground(options: &str) -> Ground {
+        let line = format!("36 35 0:50 / /r/merged rw - overlay overlay {options}\n");
+        ground_of(Path::new("/r/merged"), &line).unwrap()
+    }
+
+    fn layers(lowers: &[&str]) -> Ground {
+        let lowers = lowers.iter().map(PathBuf::from).collect();
+        Ground::Overlay(Overlay { lowers, upper: "/d/o/x/diff".into(), work: "/d/o/x/work".into() })
+    }
+
+    #[test]
+    fn layers_are_read_in_every_form_the_kernel_writes() {
+        let rest = "upperdir=/d/o/x/diff,workdir=/d/o/x/work";
+        assert_eq!(ground(&format!("rw,lowerdir=/a:/b,{rest}")), layers(&["/a", "/b"]));
+        assert_eq!(ground(&format!("rw,lowerdir+=/a,lowerdir+=/b,{rest}")), layers(&["/a", "/b"]));
+        assert_eq!(ground(&format!("rw,lowerdir=l/A:l/B,{rest}")), layers(&["/d/o/l/A", "/d/o/l/B"]));
+        assert_eq!(ground(&format!("rw,lowerdir=/a\\134:b\\040c:/d\\134\\054e,{rest}")), layers(&["/a:b c", "/d,e"]));
+    }
+
+    #[test]
+    fn a_plain_directory_is_no_overlay() {
+        assert_eq!(ground_of(Path::new("/x"), "36 35 0:50 / / rw - ext4 /dev/vda rw\n").unwrap(), Ground::Directory);
+        assert_eq!(ground_of(Path::new("/"), "36 35 0:50 / / rw - ext4 /dev/vda rw\n").unwrap(), Ground::Directory);
+    }
+}
