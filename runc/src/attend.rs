@@ -196,7 +196,7 @@ impl Session {
                     let _closed = self.master.write_all(&[4]);
                     self.stdin_open = false;
                 }
-                Ok(_) | Err(_) => {}
+                Err(_) => {}
             }
         }
     }

@@ -58,6 +58,11 @@ impl Init {
         if self.role == Role::First {
             let hidden = std::fs::set_permissions("/dev/.sysbox", std::fs::Permissions::from_mode(0o700));
             hidden.map_err(|error| format!("chmod(/dev/.sysbox): {error}"))?;
+            // libcontainer makes directories below /dev without a umask.
+            match std::fs::set_permissions("/dev/net", std::fs::Permissions::from_mode(0o755)) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(format!("chmod(/dev/net): {error}")),
+                _ => {}
+            }
             let made = std::fs::DirBuilder::new().recursive(true).mode(0o755).create(&entry.cwd);
             made.map_err(|error| format!("mkdir {}: {error}", entry.cwd.display()))?;
         }

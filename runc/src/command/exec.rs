@@ -29,7 +29,8 @@ pub fn exec(call: &Call<'_>, args: &ExecArgs) -> Result<i32> {
     };
     let process = process_of(args, &state.process)?;
     let entry = plan::entry(&process, &state.id_map, &state.facts)?;
-    let spec = tenant_spec(home.load_spec()?, process.clone(), init.pid);
+    let reduced = plan::for_libcontainer(process.clone(), entry.apparmor.clone());
+    let spec = tenant_spec(home.load_spec()?, reduced, init.pid);
     let filter = home.load_filter()?;
     let attendance = if args.detach { None } else { Some(Attendance::prepare()?) };
     let own_terminal = process.terminal().unwrap_or(false) && args.console_socket.is_none() && !args.detach;

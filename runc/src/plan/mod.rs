@@ -21,7 +21,7 @@ use crate::survey::{Survey, is_bind, source_path};
 
 pub use devices::Node;
 pub use mounts::{Attributes, Bind, Extent, Place, Shift, Target, TargetKind};
-pub use process::{Entry, entry};
+pub use process::{Entry, entry, for_libcontainer};
 
 /// Where the plan will be carried out: paths in the runtime's private mount namespace.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -398,7 +398,7 @@ impl Planner<'_> {
                 Place::Staged(number) => Some(self.stage.bind(number)) == *mount.source(),
                 Place::Locked(_) => false,
             });
-            let leaf = mount.destination().starts_with("/proc/");
+            let leaf = mount.destination().strip_prefix("/proc").is_ok_and(|rest| !rest.as_os_str().is_empty());
             let file = leaf || staged.is_some_and(|bind| !bind.is_directory);
             let kind = if file { TargetKind::File } else { TargetKind::Directory };
             all.push(Target { path: mount.destination().clone(), kind });

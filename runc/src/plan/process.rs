@@ -77,7 +77,7 @@ fn apparmor(asked: Option<&str>, facts: &HostFacts) -> Result<Option<String>, Pl
 }
 
 /// What is left of the process for libcontainer: root with everything, in `/`. The rest comes last, from [`Entry`].
-pub(super) fn for_libcontainer(mut process: Process, apparmor: Option<String>) -> Process {
+pub fn for_libcontainer(mut process: Process, apparmor: Option<String>) -> Process {
     let root = UserBuilder::default().uid(0u32).gid(0u32).build().expect("a user needs its ids alone");
     process.set_user(root);
     process.set_capabilities(None);

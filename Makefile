@@ -1,0 +1,38 @@
+# What a user and a developer call. The work is done by tests/bed/*.sh; each says what it does in its head.
+#
+#   make demo             all of it: install, build, start, and a container with Docker inside; says what it proved
+#   make up | down        the bed: our daemons and an engine of our own. down keeps data unless PURGE=1
+#   make -s env           eval "$(make -s env)" points `docker` at that engine
+#   make images           sysbox/debian:SUITE (bookworm, trixie, sid) and sysbox/busybox in that engine
+#   make build check test bench
+#   make test-vm VM=path/to/vm [KERNEL=bookworm|trixie|sid]
+#
+# BED=name has any of them work on another bed beside the first.
+
+BED ?= dev
+SUITE ?= bookworm
+export BED SUITE
+
+.PHONY: help demo up env images down build check test bench test-vm
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+demo up down env test-vm:
+	@tests/bed/$@.sh
+
+images:
+	@tests/bed/image.sh $(SUITE)
+
+build:
+	@tests/bed/packages.sh build
+	cargo build --release --workspace
+
+check:
+	cargo fmt --all --check
+	@tests/bed/packages.sh build
+	cargo clippy --workspace --all-targets -- -D warnings
+
+# Beds of their own: a run must not meet the containers of the bed that you work with.
+test bench:
+	@BED=$(if $(filter file default,$(origin BED)),$@,$(BED)) tests/bed/$@.sh

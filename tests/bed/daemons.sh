@@ -1,0 +1,61 @@
+# shellcheck shell=bash
+# daemons.sh: our own programs in the bed: their copies, sysbox-mgr and sysbox-fs running. Sourced by up.
+
+PROGRAMS="sysbox-runc sysbox-mgr sysbox-fs"
+
+# Is a program of the build another than the one that the bed runs?
+is_changed() { ! cmp -s "$BIN_DIR/$1" "$BED_HOME/bin/$1"; }
+
+# Copies: a build in the middle of a test must not change what runs. By rename, since a running file is busy.
+install_programs() {
+    local program
+    for program in $PROGRAMS; do
+        [ -x "$BIN_DIR/$program" ] || die "\`$BIN_DIR/$program\` is missing" "make build"
+        is_changed "$program" || continue
+        cp "$BIN_DIR/$program" "$BED_HOME/bin/.$program"
+        mv "$BED_HOME/bin/.$program" "$BED_HOME/bin/$program"
+    done
+}
+
+# On the PATH for a person at the shell; `dev` only. A link, so that it is plain whose it is.
+check_link() {
+    [ "$BED" = dev ] || return 0
+    if [ -e "$SYSBOX_LINK" ] || [ -L "$SYSBOX_LINK" ]; then
+        [ "$(readlink "$SYSBOX_LINK")" = "$SYSBOX_RUNC" ] ||
+            die "\`$SYSBOX_LINK\` is there and not ours" "move it away, or take another bed: make up BED=mine"
+    fi
+}
+install_link() {
+    [ "$BED" = dev ] || return 0
+    record link "$SYSBOX_LINK" "$SYSBOX_RUNC"
+    ln -sfn "$SYSBOX_RUNC" "$SYSBOX_LINK"
+}
+
+start_daemons() {
+    make_dir dir "$SYSBOX_RUN_DIR"
+    make_dir data "$SYSBOX_DATA_ROOT"
+    make_dir dir "$SYSBOX_MOUNTPOINT"
+    record mounts "$SYSBOX_MOUNTPOINT"  # undone in this order: sysbox-fs, its mount, the directory
+    local level=() mgr=() fs=()
+    [ -z "${LOG_LEVEL:-}" ] || level=(--log-level "$LOG_LEVEL")
+    read -ra mgr <<<"${EXTRA_MGR_ARGS:-}"
+    read -ra fs <<<"${EXTRA_FS_ARGS:-}"
+    # The manager first: sysbox-fs finds there what an earlier sysbox-fs left in its keeping.
+    start_daemon sysbox-mgr "$SYSBOX_RUN_DIR/mgr.sock" --data-root "$SYSBOX_DATA_ROOT" "${level[@]}" "${mgr[@]}"
+    start_daemon sysbox-fs "$SYSBOX_RUN_DIR/fs.sock" --mountpoint "$SYSBOX_MOUNTPOINT" "${level[@]}" "${fs[@]}"
+}
+
+start_daemon() { # NAME SOCKET ARGUMENT...
+    local name=$1 socket=$2
+    shift 2
+    ! is_listening "$socket" || die "somebody else's daemon listens on $socket" "stop it, or take another bed: make up BED=mine"
+    start_process "$name" "$BED_HOME/bin/$name" --run-dir "$SYSBOX_RUN_DIR" --log "$BED_LOGS/$name.log" "$@"
+    wait_until 30 daemon_is_up_or_dead "$name" "$socket"
+    is_listening "$socket" || { log_tail "$name"; die "$name did not start" "$BED_LOGS/$name.log"; }
+}
+daemon_is_up_or_dead() { is_listening "$2" || ! is_recorded_alive "$1"; }
+
+daemons_are_healthy() {
+    is_recorded_alive sysbox-mgr && is_recorded_alive sysbox-fs &&
+        is_listening "$SYSBOX_RUN_DIR/mgr.sock" && is_listening "$SYSBOX_RUN_DIR/fs.sock"
+}
