@@ -49,7 +49,7 @@ pub fn run(mountpoint: &Path, run_dir: &Path) -> anyhow::Result<()> {
     warn_of_request_timeouts();
 
     let source = Arc::new(Source::of_this_host().context("look for cgroups")?);
-    match &source.memory {
+    match source.memory_controller() {
         Some(memory) => {
             tracing::debug!(version = ?memory.version, mount = %memory.mount.display(), "memory cgroups")
         }

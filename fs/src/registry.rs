@@ -2,7 +2,7 @@
 //! restart it is rebuilt from the records of sysbox-mgr.
 
 use std::collections::HashMap;
-use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use sysbox_ipc::mgr::{Phase, Process, Record};
 use sysbox_ipc::{ContainerKey, Refusal, RefusalKind};
@@ -47,7 +47,7 @@ pub struct Registry(RwLock<Inner>);
 
 #[derive(Debug, Default)]
 struct Inner {
-    by_slot: HashMap<Slot, Container>,
+    by_slot: HashMap<Slot, Arc<Container>>,
     by_slug: HashMap<String, Slot>,
     closed: bool,
 }
@@ -95,7 +95,7 @@ impl Registry {
             stale.extend(inner.remove(&container.key));
         }
         inner.by_slug.insert(slug, container.slot);
-        inner.by_slot.insert(container.slot, container);
+        inner.by_slot.insert(container.slot, Arc::new(container));
         Ok(stale)
     }
 
@@ -104,8 +104,7 @@ impl Registry {
         let mut inner = self.write();
         let slot = inner.by_slug.get(&key.slug()).copied();
         let Some(container) = slot.and_then(|slot| inner.by_slot.get_mut(&slot)) else { return false };
-        container.init = Some(init);
-        container.cgroup = cgroup;
+        *container = Arc::new(Container { init: Some(init), cgroup, ..Container::clone(container) });
         true
     }
 
@@ -117,12 +116,12 @@ impl Registry {
         self.read().by_slug.get(slug).copied()
     }
 
-    pub fn get(&self, slot: Slot) -> Option<Container> {
+    pub fn get(&self, slot: Slot) -> Option<Arc<Container>> {
         self.read().by_slot.get(&slot).cloned()
     }
 
     /// In the order of their slots.
-    pub fn all(&self) -> Vec<Container> {
+    pub fn all(&self) -> Vec<Arc<Container>> {
         let mut all: Vec<_> = self.read().by_slot.values().cloned().collect();
         all.sort_by_key(|container| container.slot);
         all
@@ -180,7 +179,7 @@ mod tests {
         let registry = Registry::default();
         assert_eq!(registry.add(container("a", 5), |_| true), Ok(vec![]));
         assert_eq!(registry.slot_of(&key("a").slug()), Some(Slot(5)));
-        assert_eq!(registry.get(Slot(5)), Some(container("a", 5)));
+        assert_eq!(registry.get(Slot(5)).as_deref(), Some(&container("a", 5)));
         assert!(registry.set_init(&key("a"), INIT, None));
         assert_eq!(registry.get(Slot(5)).unwrap().init, Some(INIT));
         assert!(!registry.set_init(&key("b"), INIT, None));

@@ -122,7 +122,7 @@ impl Server {
             }
             Request::List { after } => {
                 let mut keys: Vec<_> =
-                    self.registry.all().into_iter().map(|container| container.key).collect();
+                    self.registry.all().into_iter().map(|container| container.key.clone()).collect();
                 keys.sort();
                 let (keys, more) = page(keys, after.as_ref());
                 Ok(Reply::Containers { keys, more })

@@ -157,7 +157,7 @@ impl Tree {
             // 0: outside of our pid namespace.
             pid: i32::try_from(pid).unwrap_or_default(),
             init: container.as_ref().and_then(|container| container.init).map(|init| init.pid),
-            container: container.and_then(|container| container.cgroup),
+            container: container.and_then(|container| container.cgroup.clone()),
         };
         // A bug in one file's text must cost that read, not the thread that serves all containers.
         let made = std::panic::catch_unwind(AssertUnwindSafe(|| render.text(&self.source, &reader)));
@@ -185,11 +185,21 @@ pub fn forget(notifier: &Notifier, stale: &Stale) {
     }
 }
 
+/// Notes a request that an earlier daemon had read and not answered. It is answered like any other: none here does harm
+/// when it is done twice.
+fn note(req: &Request) {
+    // FUSE_UNIQUE_RESEND
+    if u64::from(req.unique()) >> 63 == 1 {
+        tracing::debug!(pid = req.pid(), "a request of the dead daemon came again");
+    }
+}
+
 impl Filesystem for Tree {
-    fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+    fn lookup(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let (Some(parent), Some(name)) = (Inode::decode(parent.0), name.to_str()) else {
             return reply.error(Errno::ENOENT);
         };
+        note(req);
         if matches!(parent, Inode::Root) {
             self.probe.look(name);
         }
@@ -232,7 +242,8 @@ impl Filesystem for Tree {
         }
     }
 
-    fn open(&self, _req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+    fn open(&self, req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        note(req);
         match Inode::decode(ino.0) {
             Some(Inode::Node(_, Node { kind: Kind::File(_), .. })) => {
                 reply.opened(FileHandle(self.handles.open()), OPENED);
@@ -256,6 +267,7 @@ impl Filesystem for Tree {
         let Some(Inode::Node(slot, Node { kind: Kind::File(render), .. })) = Inode::decode(ino.0) else {
             return reply.error(Errno::ESTALE);
         };
+        note(req);
         if let Some(bytes) = self.handles.read(fh.0, ino.0, offset, size) {
             return reply.data(&bytes);
         }

@@ -10,10 +10,37 @@ pub fn render(view: &MemoryView) -> String {
     let Some(cgroup) = &view.cgroup else { return view.host.text().to_owned() };
     let shown = Shown::new(&view.host, cgroup);
     let mut text = String::with_capacity(view.host.text().len() + 64);
+    let mut next = 0;
     for line in view.host.text().lines() {
-        shown.write_line(line, &mut text);
+        let Some((name, rest)) = line.split_once(':') else { continue };
+        let value = match find(name, &mut next) {
+            Some(From::Cgroup(value)) => Some(value(&shown)),
+            Some(From::Zero) => Some(0),
+            Some(From::Host) => None,
+            // A line of a later kernel: the host's value, unless it cannot be this machine's.
+            None => value_of(rest).filter(|value| *value > shown.total).map(|_| shown.total),
+        };
+        match value {
+            // As fs/proc/meminfo.c: the name padded to 16, the value to 8.
+            Some(kb) => {
+                let padding = 15usize.saturating_sub(name.len());
+                writeln!(text, "{name}:{:padding$}{kb:>8} kB", "").expect("a String takes every write");
+            }
+            None => {
+                text.push_str(line);
+                text.push('\n');
+            }
+        }
     }
     text
+}
+
+/// The rule for a line. Kernels print lines in the order of the table, so the search begins where the last one ended.
+fn find(name: &str, next: &mut usize) -> Option<&'static From> {
+    let (before, after) = LINES.split_at(*next);
+    let (at, (_, from)) = after.iter().chain(before).enumerate().find(|(_, (known, _))| *known == name)?;
+    *next = (*next + at + 1) % LINES.len();
+    Some(from)
 }
 
 /// Size and used part of the swap the reader's machine has, in kB.
@@ -145,28 +172,6 @@ impl<'a> Shown<'a> {
 
     fn kb(&self, bytes: u64) -> u64 {
         (bytes / 1024).min(self.total)
-    }
-
-    fn write_line(&self, line: &str, text: &mut String) {
-        let Some((name, rest)) = line.split_once(':') else { return };
-        let value = match LINES.iter().find(|(known, _)| *known == name) {
-            Some((_, From::Cgroup(value))) => Some(value(self)),
-            Some((_, From::Zero)) => Some(0),
-            Some((_, From::Host)) => None,
-            // A line of a later kernel: the host's value, unless it cannot be this machine's.
-            None => value_of(rest).filter(|value| *value > self.total).map(|_| self.total),
-        };
-        match value {
-            // As fs/proc/meminfo.c: the name padded to 16, the value to 8.
-            Some(kb) => {
-                let padding = 15usize.saturating_sub(name.len());
-                writeln!(text, "{name}:{:padding$}{kb:>8} kB", "").expect("a String takes every write");
-            }
-            None => {
-                text.push_str(line);
-                text.push('\n');
-            }
-        }
     }
 }
 

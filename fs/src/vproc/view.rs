@@ -2,8 +2,9 @@
 //! does not tell is left out, never an error: a container must not lose /proc/meminfo because it removed a cgroup.
 
 use std::fs::File;
-use std::io::Read;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use super::cgroup::{self, CgroupPath, Level, MemoryStat, Version};
 
@@ -82,10 +83,12 @@ pub fn value_of(rest: &str) -> Option<u64> {
 }
 
 /// Where views are read from.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Source {
-    pub proc: PathBuf,
-    pub memory: Option<Controller>,
+    proc: PathBuf,
+    memory: Option<Controller>,
+    /// /proc/meminfo, kept open: opening it costs as much as reading it.
+    meminfo: OnceLock<File>,
 }
 
 /// Where a controller's cgroups are.
@@ -114,14 +117,22 @@ impl Source {
                 root: cgroup::mount_root(&mount.root)?,
             })
         });
-        Ok(Self { proc: PathBuf::from("/proc"), memory })
+        Ok(Self::new(PathBuf::from("/proc"), memory))
+    }
+
+    pub fn new(proc: PathBuf, memory: Option<Controller>) -> Self {
+        Self { proc, memory, meminfo: OnceLock::new() }
+    }
+
+    pub fn memory_controller(&self) -> Option<&Controller> {
+        self.memory.as_ref()
     }
 
     /// # Errors
     /// The host's own /proc/meminfo not being readable.
     pub fn memory(&self, reader: &Reader) -> Result<MemoryView, ViewError> {
-        let path = self.proc.join("meminfo");
-        let text = read(&path).map_err(|source| ViewError { path, source })?;
+        let text =
+            self.host_meminfo().map_err(|source| ViewError { path: self.proc.join("meminfo"), source })?;
         let host = HostMemory::new(String::from_utf8_lossy(&text).into_owned());
         let cgroup = self.memory.as_ref().and_then(|controller| {
             let place = self.place(controller, reader)?;
@@ -134,6 +145,17 @@ impl Source {
     pub fn container_cgroup(&self, init: i32) -> Option<CgroupPath> {
         let controller = self.memory.as_ref()?;
         self.cgroup_of(controller, init).map(CgroupPath::without_init_scope)
+    }
+
+    fn host_meminfo(&self) -> std::io::Result<Vec<u8>> {
+        let file = match self.meminfo.get() {
+            Some(file) => file,
+            None => {
+                let opened = File::open(self.proc.join("meminfo"))?;
+                self.meminfo.get_or_init(|| opened)
+            }
+        };
+        read_all(|buffer, offset| file.read_at(buffer, offset))
     }
 
     /// The cgroup whose numbers the reader is to see: its own, else that of the container's init.
@@ -224,11 +246,28 @@ fn v1_swap(stat: &MemoryStat, limit: Option<u64>) -> Swap {
     Swap::Accounted { limit, used }
 }
 
-/// A small file of procfs or cgroupfs: without the stat and the seek that `std::fs::read` begins with.
+/// A small file of procfs or cgroupfs: without the stat, the seek and the read at the end that `std::fs::read` makes.
 fn read(path: &Path) -> std::io::Result<Vec<u8>> {
-    let mut text = Vec::with_capacity(4096);
-    File::open(path)?.take(LONGEST_FILE as u64).read_to_end(&mut text)?;
-    Ok(text)
+    let file = File::open(path)?;
+    read_all(|buffer, offset| file.read_at(buffer, offset))
+}
+
+/// These files give all that fits (single_open of the kernel's seq_file): a read that leaves room was the last one.
+fn read_all(read_at: impl Fn(&mut [u8], u64) -> std::io::Result<usize>) -> std::io::Result<Vec<u8>> {
+    let mut text = vec![0; 4096];
+    let mut length = 0;
+    loop {
+        match read_at(&mut text[length..], length as u64) {
+            Ok(read) => length += read,
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(error),
+        }
+        if length < text.len() || length >= LONGEST_FILE {
+            text.truncate(length);
+            return Ok(text);
+        }
+        text.resize(text.len() * 4, 0);
+    }
 }
 
 #[cfg(test)]
@@ -248,8 +287,7 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             let root = CgroupPath::default();
             let controller = Controller { version, mount: dir.path().join("cgroup"), root };
-            let host =
-                Self { source: Source { proc: dir.path().join("proc"), memory: Some(controller) }, dir };
+            let host = Self { source: Source::new(dir.path().join("proc"), Some(controller)), dir };
             host.write("proc/meminfo", HOST);
             files.iter().for_each(|(path, text)| host.write(path, text));
             host
@@ -345,12 +383,28 @@ mod tests {
     fn a_cgroup_that_vanishes_leaves_the_hosts_values() {
         let host = Host::new(Version::V1, &[("proc/7/cgroup", "4:memory:/gone\n")]);
         assert_eq!(host.memory(7, None), None);
-        let mut nowhere = host.source.clone();
-        nowhere.memory = None;
-        assert_eq!(nowhere.memory(&Reader { pid: 7, ..Reader::default() }).unwrap().cgroup, None);
-        nowhere.proc = PathBuf::from("/nowhere");
+        let reader = Reader { pid: 7, ..Reader::default() };
+        let without = Source::new(host.dir.path().join("proc"), None);
+        assert_eq!(without.memory(&reader).unwrap().cgroup, None);
+        let nowhere = Source::new(PathBuf::from("/nowhere"), None);
         let error = nowhere.memory(&Reader::default()).unwrap_err();
         assert_eq!(error.to_string(), "read(/nowhere/meminfo): No such file or directory (os error 2)");
+    }
+
+    #[test]
+    fn long_files_are_read_to_their_end_and_endless_ones_are_cut() {
+        for length in [0, 1, 4095, 4096, 4097, 16384, 100_000] {
+            let file = vec![b'x'; length];
+            let text = read_all(|buffer, offset| {
+                let rest = &file[usize::try_from(offset).unwrap()..];
+                let part = rest.len().min(buffer.len());
+                buffer[..part].copy_from_slice(&rest[..part]);
+                Ok(part)
+            });
+            assert_eq!(text.unwrap().len(), length);
+        }
+        let endless = read_all(|buffer, _| Ok(buffer.len()));
+        assert_eq!(endless.unwrap().len(), LONGEST_FILE);
     }
 
     #[test]
