@@ -2,25 +2,27 @@
 
 use std::path::PathBuf;
 
-use clap::{Parser, ValueEnum};
+use clap::Parser;
 use tracing::level_filters::LevelFilter;
 
+use crate::log::Format;
+
 const AFTER: &str = "\
-Needs root, /dev/fuse and a running sysbox-mgr with the same --run-dir, which keeps the FUSE connection
-open while no sysbox-fs runs.
-
-Killing or restarting sysbox-fs harms no container: reads of virtual files wait until it is back. SIGTERM
-unmounts only when no container is known.
-
-In trouble:
-  containers hang in reads of /proc/meminfo   sysbox-fs is down: start it with the same options
-  `Transport endpoint is not connected`       both daemons were down at once: restart those containers
-  another sysbox-fs runs                      RUN_DIR/fs.lock holds its pid
-";
+When something is wrong:
+  it does not start   the line on stderr says why, and `hint:` what to do. It needs
+                      root, /dev/fuse, and sysbox-mgr with the same --run-dir
+  is it running?      RUN_DIR/fs.lock holds its pid while it runs
+  containers hang when they read /proc/meminfo
+                      it is down: start it with the same options, and they go on
+  containers read `Transport endpoint is not connected`
+                      both daemons were down at once: restart those containers
+  see more            --log-level debug
+Stop it with SIGTERM. Killing or restarting it harms no container while sysbox-mgr
+runs. It unmounts only when no container is left.";
 
 /// Shows each system container its own values of files in /proc and /sys.
 #[derive(Debug, Clone, Parser)]
-#[command(name = "sysbox-fs", version, after_help = AFTER)]
+#[command(name = "sysbox-fs", version, max_term_width = 100, after_help = AFTER)]
 pub struct Cli {
     /// Where the virtual files are mounted, a directory per container.
     #[arg(long, value_name = "DIR", default_value = "/var/lib/sysboxfs")]
@@ -30,26 +32,27 @@ pub struct Cli {
     #[arg(long, value_name = "DIR", default_value = sysbox_ipc::DEFAULT_RUN_DIR)]
     pub run_dir: PathBuf,
 
-    /// Appends log lines to FILE instead of writing them to stderr.
+    /// Appends the log to FILE instead of writing it to stderr, and opens it anew on SIGHUP.
     #[arg(long, value_name = "FILE")]
     pub log: Option<PathBuf>,
 
-    /// off, error, warn, info, debug or trace.
-    #[arg(long, value_name = "LEVEL", default_value = "info")]
+    /// error, warn, info, debug or trace.
+    #[arg(long, value_name = "LEVEL", default_value = "info", value_parser = level)]
     pub log_level: LevelFilter,
 
     #[arg(long, value_name = "FORMAT", default_value = "text")]
-    pub log_format: LogFormat,
+    pub log_format: Format,
 
     /// Looks PATH up and ends; how the daemon asks its own mount.
     #[arg(long, value_name = "PATH", hide = true)]
     pub probe: Option<PathBuf>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum LogFormat {
-    Text,
-    Json,
+fn level(text: &str) -> Result<LevelFilter, String> {
+    match text {
+        "error" | "warn" | "info" | "debug" | "trace" => text.parse().map_err(|_| "not a level".to_owned()),
+        _ => Err("not one of error, warn, info, debug, trace".to_owned()),
+    }
 }
 
 #[cfg(test)]
@@ -63,7 +66,9 @@ mod tests {
         let cli = Cli::try_parse_from(["sysbox-fs"]).unwrap();
         assert_eq!(cli.mountpoint, PathBuf::from("/var/lib/sysboxfs"));
         assert_eq!(cli.run_dir, PathBuf::from("/run/sysbox"));
-        assert_eq!((cli.log, cli.log_level, cli.log_format), (None, LevelFilter::INFO, LogFormat::Text));
-        assert!(Cli::try_parse_from(["sysbox-fs", "--log-level", "loud"]).is_err());
+        assert_eq!((cli.log, cli.log_level, cli.log_format), (None, LevelFilter::INFO, Format::Text));
+        for bad in [["--log-level", "off"], ["--log-level", "loud"], ["--log-format", "xml"]] {
+            assert!(Cli::try_parse_from(["sysbox-fs"].into_iter().chain(bad)).is_err(), "{bad:?}");
+        }
     }
 }

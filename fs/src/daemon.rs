@@ -3,7 +3,9 @@
 //! The connection is in the manager's vault before the first request is answered, so that from then on no death of this
 //! process loses it. Requests are served only when the containers are known.
 
+use std::fs::DirBuilder;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{self, Sender};
@@ -19,6 +21,7 @@ use sysbox_sys::{process, ready};
 
 use crate::handles::Handles;
 use crate::keeper::{Keeper, KeeperError, Link};
+use crate::log::Target;
 use crate::registry::{Container, Registry};
 use crate::rpc::Server;
 use crate::session::{self, Requests, SessionError};
@@ -40,10 +43,11 @@ enum Event {
 ///
 /// # Errors
 /// Whatever keeps it from starting, or the FUSE session having ended by itself.
-pub fn run(mountpoint: &Path, run_dir: &Path) -> anyhow::Result<()> {
+pub fn run(mountpoint: &Path, run_dir: &Path, log: &Target) -> anyhow::Result<()> {
     // Before any thread exists, so that all inherit it.
     let signals = block_signals()?;
-    std::fs::create_dir_all(run_dir).with_context(|| format!("mkdir({})", run_dir.display()))?;
+    let made = DirBuilder::new().recursive(true).mode(0o711).create(run_dir);
+    made.with_context(|| format!("mkdir({})", run_dir.display()))?;
     let mountpoint = place::prepare(mountpoint)?;
     let _lock = lock::acquire(run_dir)?;
     warn_of_request_timeouts();
@@ -56,7 +60,9 @@ pub fn run(mountpoint: &Path, run_dir: &Path) -> anyhow::Result<()> {
         None => tracing::warn!("no memory cgroups are mounted: containers see the host's memory"),
     }
     let keeper = Keeper::new(run_dir, &mountpoint);
-    let link = keeper.connect().context("hint: start sysbox-mgr first, with the same --run-dir")?;
+    let link = keeper.connect().map_err(|error| {
+        anyhow::anyhow!("{error}\nhint: start sysbox-mgr first, and give both the same `--run-dir`")
+    })?;
     let registry = Arc::new(known_containers(&link, &source)?);
 
     let tree = Tree {
@@ -83,7 +89,8 @@ pub fn run(mountpoint: &Path, run_dir: &Path) -> anyhow::Result<()> {
     place::verify(&mountpoint, &probe)?;
     let serving = Arc::clone(&server);
     begin("accept", events.clone(), move |_| serving.serve(&listener))?;
-    begin("signals", events, move |events| wait_for_signals(&signals, &events))?;
+    let log = log.clone();
+    begin("signals", events, move |events| wait_for_signals(&signals, &log, &events))?;
     let (watched, watching) = (device.try_clone().context("dup(/dev/fuse)")?, keeper.clone());
     begin("keeper", (), move |()| watching.watch(link, &watched))?;
 
@@ -111,11 +118,13 @@ fn block_signals() -> anyhow::Result<SigSet> {
     Ok(signals)
 }
 
-fn wait_for_signals(signals: &SigSet, events: &Sender<Event>) {
+fn wait_for_signals(signals: &SigSet, log: &Target, events: &Sender<Event>) {
     loop {
         match signals.wait() {
-            // Logs are appended and nothing else could be read anew.
-            Ok(Signal::SIGHUP) => tracing::debug!("SIGHUP means nothing to sysbox-fs"),
+            Ok(Signal::SIGHUP) => match log.reopen() {
+                Ok(()) => tracing::info!("log opened anew"),
+                Err(error) => tracing::error!(%error, "cannot open the log anew"),
+            },
             Ok(signal) => {
                 if events.send(Event::Signal(signal)).is_err() {
                     return;

@@ -28,7 +28,7 @@ pub struct Lock {
 pub enum LockError {
     #[error(transparent)]
     Sys(#[from] SysError),
-    #[error("another sysbox-fs{} runs in {}", holder.map(|p| format!(" (pid {})", p.pid)).unwrap_or_default(), directory.display())]
+    #[error("another sysbox-fs{} runs in {}\nhint: stop it first, or give this one its own `--run-dir` and `--mountpoint`", holder.map(|p| format!(" (pid {})", p.pid)).unwrap_or_default(), directory.display())]
     Held { holder: Option<Process>, directory: PathBuf },
     #[error("process {} still holds {} though it is dead", holder.pid, path.display())]
     HeldByTheDead { holder: Process, path: PathBuf },
@@ -92,9 +92,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let first = acquire(dir.path()).unwrap();
         let refused = acquire(dir.path()).unwrap_err().to_string();
-        let expected =
-            format!("another sysbox-fs (pid {}) runs in {}", std::process::id(), dir.path().display());
-        assert_eq!(refused, expected);
+        let expected = format!(
+            "another sysbox-fs (pid {}) runs in {}\nhint: ",
+            std::process::id(),
+            dir.path().display()
+        );
+        assert!(refused.starts_with(&expected), "{refused}");
         drop(first);
         acquire(dir.path()).unwrap();
     }

@@ -96,8 +96,8 @@ impl Server {
             Request::Hello(hello) => greet(&hello),
             Request::Prepare { key, slot, root_uid, root_gid } => {
                 let directory = self.mountpoint.join(key.slug());
+                self.add(Container::new(key.clone(), Slot(slot), root_uid, root_gid))?;
                 tracing::info!(container = %key, slot, root_uid, root_gid, "prepared");
-                self.add(Container::new(key, Slot(slot), root_uid, root_gid))?;
                 Ok(Reply::Prepared(Prepared {
                     directory,
                     leaves: vproc::leaves().map(str::to_owned).collect(),
