@@ -1,1 +1,3 @@
+//! What the end-to-end tests and benches share: the door to a bed's engine. Refuses to know what is tested with it.
 
+pub mod engine;
