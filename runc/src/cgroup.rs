@@ -32,6 +32,8 @@ pub enum CgroupError {
     Path { path: PathBuf },
     #[error("/linux/resources: {0}")]
     Limits(String),
+    #[error("/linux/cgroupsPath: cgroup {} has processes in it ({pids:?}): it belongs to somebody else", path.display())]
+    Occupied { path: PathBuf, pids: Vec<i32> },
     #[error("cgroup {}: still busy after {seconds} s", path.display())]
     Busy { path: PathBuf, seconds: u64 },
 }
@@ -73,21 +75,21 @@ pub enum Kind {
     Hybrid,
 }
 
-/// Decides where the container's cgroups are to be. Makes nothing.
+/// Decides where the container's cgroups are to be; `name` is one that no other container has. Makes nothing.
 ///
 /// # Errors
 /// A path with `..`, or mountinfo not being readable.
-pub fn locate(asked: Option<&Path>, id: &str, systemd: bool) -> Result<Cgroup> {
+pub fn locate(asked: Option<&Path>, name: &str, systemd: bool) -> Result<Cgroup> {
     let proc = Path::new("/proc/self/mountinfo");
     let mountinfo = fs::read_to_string(proc).map_err(io(proc, "read"))?;
     let hierarchies = hierarchies_in(&mountinfo);
     let unified = hierarchies.iter().any(|h| h.kind == Kind::Unified);
     let asked = asked.filter(|path| !path.as_os_str().is_empty());
     if systemd && unified {
-        let scope = asked.map_or_else(|| PathBuf::from(format!("system.slice:sysbox:{id}")), Path::to_owned);
+        let scope = asked.map_or_else(|| PathBuf::from(format!("system.slice:sysbox:{name}")), Path::to_owned);
         return Ok(Cgroup { parent: PathBuf::new(), hierarchies, systemd: Some(scope) });
     }
-    let named = asked.map_or_else(|| PathBuf::from(format!("sysbox-{id}")), Path::to_owned);
+    let named = asked.map_or_else(|| PathBuf::from(format!("sysbox-{name}")), Path::to_owned);
     // A systemd-style path on a hierarchy that systemd does not manage for us: `slice:prefix:name`.
     let named = match named.to_str().map(|text| text.split(':').collect::<Vec<_>>()) {
         Some(parts) if parts.len() == 3 => PathBuf::from(parts[0]).join(format!("{}-{}.scope", parts[1], parts[2])),
@@ -138,6 +140,15 @@ impl Cgroup {
         Path::new("/").join(&self.parent).join(DELEGATED)
     }
 
+    /// A cgroup with processes in it is another's: its limits would be changed, and a failed create would end it.
+    ///
+    /// # Errors
+    /// `Occupied`.
+    pub fn require_free(&self) -> Result<()> {
+        let pids: Vec<i32> = self.processes().iter().map(|pid| pid.as_raw()).collect();
+        if pids.is_empty() { Ok(()) } else { Err(CgroupError::Occupied { path: self.parent.clone(), pids }) }
+    }
+
     /// Makes parent and child and applies the limits to the parent. This process is put into the hierarchies that
     /// libcontainer does not know (named and hybrid ones), so that its children are born there.
     ///
@@ -157,19 +168,23 @@ impl Cgroup {
             apply(&self.manager(&Path::new("/").join(&self.parent), id, false)?, resources)?;
         }
         for hierarchy in &self.hierarchies {
-            make_path(hierarchy, &self.parent.join(DELEGATED))?;
             let child = hierarchy.mount.join(&self.parent).join(DELEGATED);
-            let enters = match hierarchy.kind {
-                // systemd's scope holds this process, which would keep it from handing out controllers.
-                Kind::Unified => self.systemd.is_some(),
-                Kind::Hybrid => true,
-                Kind::V1 => hierarchy.name.starts_with("name="),
-            };
-            if enters {
-                join(&child, own)?;
-            }
-            if hierarchy.kind == Kind::Unified {
-                enable_controllers(&hierarchy.mount.join(&self.parent))?;
+            match hierarchy.kind {
+                Kind::Unified => {
+                    create_dir(&child)?;
+                    if self.systemd.is_some() {
+                        // systemd put this process into the scope. It must leave before controllers are handed out: with
+                        // a process in it the scope would become threaded, and its child invalid (cgroups(7)).
+                        join(&child, own)?;
+                    }
+                    enable_controllers(&hierarchy.mount.join(&self.parent))?;
+                }
+                Kind::Hybrid | Kind::V1 => {
+                    make_path(hierarchy, &self.parent.join(DELEGATED))?;
+                    if hierarchy.kind == Kind::Hybrid || hierarchy.name.starts_with("name=") {
+                        join(&child, own)?;
+                    }
+                }
             }
         }
         Ok(())

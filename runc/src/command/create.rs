@@ -72,7 +72,8 @@ fn attempt<'a>(call: &Call<'_>, args: &CreateArgs, home: &'a Home, undo: &mut Un
     }
     let filter = plan.seccomp.as_ref().map(filter::compile).transpose()?;
     let asked = bundle.spec.linux().as_ref().and_then(|linux| linux.cgroups_path().clone());
-    let cgroup = locate(asked.as_deref(), &args.id, call.global.systemd_cgroup)?;
+    let cgroup = locate(asked.as_deref(), &home.key.slug(), call.global.systemd_cgroup)?;
+    cgroup.require_free()?;
     let mut state = state_of(home, &bundle, &grant, cgroup)?;
     // From here on a `delete --force` after our death finds what to take away.
     home.save(&state)?;
