@@ -13,7 +13,6 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
-use fuser::Session;
 use nix::sys::signal::{SigSet, Signal};
 use sysbox_ipc::fs::SOCKET;
 use sysbox_sys::socket::Listener;
@@ -73,7 +72,8 @@ pub fn run(mountpoint: &Path, run_dir: &Path, log: &Target) -> anyhow::Result<()
         started: SystemTime::now(),
     };
     let probe = Arc::clone(&tree.probe);
-    let (device, session) = connect(&link, &mountpoint, tree, registry.all().len())?;
+    let (device, requests) = connect(&link, &mountpoint, registry.all().len())?;
+    let session = session::session(tree, device.as_fd())?;
     let listener = Listener::bind(&run_dir.join(SOCKET))?;
     let server =
         Arc::new(Server { registry, source, notifier: session.notifier(), mountpoint: mountpoint.clone() });
@@ -87,6 +87,9 @@ pub fn run(mountpoint: &Path, run_dir: &Path, log: &Target) -> anyhow::Result<()
     // Only now: what comes again must find somebody who reads it before we ask the mount anything.
     session::resend(device.as_fd())?;
     place::verify(&mountpoint, &probe)?;
+    if requests == Requests::Lost {
+        release_lost(&device, &probe)?;
+    }
     let serving = Arc::clone(&server);
     begin("accept", events.clone(), move |_| serving.serve(&listener))?;
     let log = log.clone();
@@ -165,27 +168,17 @@ fn known_containers(link: &Link, source: &Source) -> Result<Registry, KeeperErro
     Ok(registry)
 }
 
-/// The connection that the manager keeps, or a new one, with a session in front of it.
-fn connect(
-    link: &Link,
-    mountpoint: &Path,
-    tree: Tree,
-    containers: usize,
-) -> anyhow::Result<(OwnedFd, Session<Tree>)> {
+/// The connection that the manager keeps, or a new one. Answers what becomes of requests that a predecessor left behind.
+fn connect(link: &Link, mountpoint: &Path, containers: usize) -> anyhow::Result<(OwnedFd, Requests)> {
     if let Some(device) = link.get()? {
         match session::adopt(device.as_fd()) {
             Ok(requests) => {
-                if requests == Requests::Lost {
-                    tracing::warn!(
-                        "this kernel has no FUSE_NOTIFY_RESEND: reads that were being answered hang"
-                    );
-                }
                 remount_if_missing(&device, mountpoint)?;
                 tracing::info!(containers, "took over the FUSE connection of an earlier sysbox-fs");
-                let session = session::session(tree, device.as_fd())?;
-                return Ok((device, session));
+                return Ok((device, requests));
             }
-            Err(SessionError::Dead) => tracing::warn!("the kept FUSE connection is dead"),
+            // With the last descriptor it ends for good, and its mount says so to all who still use it.
+            Err(SessionError::Dead) => link.forget()?,
             Err(error) => return Err(error.into()),
         }
     }
@@ -202,8 +195,20 @@ fn connect(
     link.put(device.as_fd())?;
     session::adopt(device.as_fd())?;
     tracing::info!(mountpoint = %mountpoint.display(), "mounted");
-    let session = session::session(tree, device.as_fd())?;
-    Ok((device, session))
+    Ok((device, Requests::Resent))
+}
+
+/// On kernels that cannot send them again: ends the requests that a predecessor had read.
+fn release_lost(device: &OwnedFd, probe: &Probe) -> Result<(), SessionError> {
+    // The probe of the mount point has been answered, so there was a first request.
+    let released = session::release_lost(device.as_fd(), probe.first_request().unwrap_or_default())?;
+    if released > 0 {
+        tracing::warn!(
+            released,
+            "interrupted reads that were being answered: this kernel has no FUSE_NOTIFY_RESEND"
+        );
+    }
+    Ok(())
 }
 
 /// Somebody unmounted it while containers kept the connection in use.

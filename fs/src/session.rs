@@ -11,9 +11,8 @@ use std::path::Path;
 
 use fuser::{Config, Filesystem, Session, SessionACL};
 use nix::errno::Errno;
-use nix::fcntl::OFlag;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::mount::MsFlags;
-use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType};
 use nix::sys::stat::Mode;
 use sysbox_sys::SysError;
@@ -25,15 +24,16 @@ pub const FS_TYPE: &str = "fuse.sysbox-fs";
 const THREADS: usize = 2;
 
 // linux/fuse.h
-const FORGET: u32 = 2;
 const INIT: u32 = 26;
-const BATCH_FORGET: u32 = 42;
 const NOTIFY_RESEND: u32 = 7;
 const IN_HEADER: usize = 40;
 const MAJOR: u32 = 7;
 /// The newest protocol whose INIT reply we know to the last field.
 const MINOR: u32 = 40;
 const MAX_WRITE: u32 = 128 * 1024;
+/// FUSE_MIN_READ_BUFFER. [`adopt`] tells by it whether MAX_WRITE is settled.
+const LEAST_READ: usize = 8192;
+const _: () = assert!(MAX_WRITE as usize > LEAST_READ);
 const PAGES_OF_MAX_WRITE: u32 = MAX_WRITE / 4096;
 
 /// What we ask of the kernel, as far as it offers it. FUSE_ALLOW_IDMAP (bit 40) is left out: leaves are owned by host ids,
@@ -53,6 +53,8 @@ pub enum SessionError {
     Sys(#[from] SysError),
     #[error("the FUSE connection is dead: it was unmounted or aborted")]
     Dead,
+    #[error("the first request of a FUSE connection is opcode {0}, not INIT: this needs Linux 5.3")]
+    NotInit(u32),
     #[error("fuser does not start a session: {0}")]
     Fuser(#[source] std::io::Error),
     #[error("fuser answered {0} bytes to our INIT with error {1}")]
@@ -91,7 +93,7 @@ pub fn mount(device: BorrowedFd<'_>, mountpoint: &Path) -> Result<()> {
 pub enum Requests {
     /// Requests the dead server had read come again (Linux 6.9).
     Resent,
-    /// This kernel has no RESEND: what the dead server had read stays unanswered.
+    /// This kernel has no RESEND: what the dead server had read is for [`release_lost`].
     Lost,
 }
 
@@ -99,37 +101,53 @@ pub enum Requests {
 /// be dead, or it may still swallow a request.
 ///
 /// # Errors
-/// `Dead` for a connection that has ended.
+/// `Dead` for a connection that has ended, or that never began and cannot begin any more.
 pub fn adopt(device: BorrowedFd<'_>) -> Result<Requests> {
     // An INIT that was read and not answered comes again.
     let requests = resend(device)?;
-    let mut polled = [PollFd::new(device, PollFlags::POLLIN)];
-    let ready = nix::poll::poll(&mut polled, PollTimeout::ZERO).named(|| "poll(/dev/fuse)".to_owned())?;
-    if ready == 0 {
-        return Ok(requests);
+    let flags = fcntl(device, FcntlArg::F_GETFL).named(|| "fcntl(/dev/fuse, F_GETFL)".to_owned())?;
+    let flags = OFlag::from_bits_retain(flags);
+    let set =
+        |flags| fcntl(device, FcntlArg::F_SETFL(flags)).named(|| "fcntl(/dev/fuse, F_SETFL)".to_owned());
+    set(flags | OFlag::O_NONBLOCK)?;
+    // Linux 5.3 refuses a buffer that is too small for max_write before it looks for a request. So this read takes a request
+    // from the queue only if max_write is not settled yet, and then that request is INIT.
+    let mut buffer = [0; LEAST_READ];
+    let read = nix::unistd::read(device, &mut buffer);
+    set(flags)?;
+    match read {
+        Err(Errno::EINVAL) => Ok(requests),
+        Ok(length) => match word(&buffer[..length], 4) {
+            Some(INIT) => answer(device, &init_reply(&buffer[..length])).map(|()| requests),
+            other => Err(SessionError::NotInit(other.unwrap_or_default())),
+        },
+        // EAGAIN: INIT was read, not answered, and does not come again. ENODEV: ended. EPERM: never mounted.
+        Err(Errno::EAGAIN | Errno::ENODEV | Errno::EPERM) => Err(SessionError::Dead),
+        Err(errno) => Err(SysError::new(errno, "read(/dev/fuse)").into()),
     }
-    if polled[0].revents().is_none_or(|events| !events.contains(PollFlags::POLLIN)) {
-        return Err(SessionError::Dead);
+}
+
+/// Where requests do not come again: tells the callers of those which the dead server had read to try again (EINTR), so
+/// that they do not hang for ever. `first` is the number of the first request that this server has read; numbers grow with
+/// the queue, and a server has few requests in hand.
+///
+/// # Errors
+/// The device not taking it.
+pub fn release_lost(device: BorrowedFd<'_>, first: u64) -> Result<usize> {
+    const STEP: u64 = 2; // FUSE_REQ_ID_STEP
+    const MOST: u64 = 4096;
+    let mut released = 0;
+    for back in 1..=MOST {
+        // 0 is no request: it would be a notification.
+        let Some(unique) = first.checked_sub(back * STEP).filter(|unique| *unique > 0) else { break };
+        match nix::unistd::write(device, &error_reply(unique, libc::EINTR)) {
+            Ok(_) => released += 1,
+            // Answered long ago.
+            Err(Errno::ENOENT) => {}
+            Err(errno) => return Err(SysError::new(errno, "write(/dev/fuse)").into()),
+        }
     }
-    let mut buffer = vec![0; MAX_WRITE as usize + 4096];
-    let length = match nix::unistd::read(device, &mut buffer) {
-        Ok(length) => length,
-        // Its caller was killed before we came.
-        Err(Errno::ENOENT | Errno::EINTR | Errno::EAGAIN) => return Ok(requests),
-        // EPERM: never mounted.
-        Err(Errno::ENODEV | Errno::EPERM) => return Err(SessionError::Dead),
-        Err(errno) => return Err(SysError::new(errno, "read(/dev/fuse)").into()),
-    };
-    let request = &buffer[..length];
-    match word(request, 4) {
-        // INIT is the first request of a connection, so any other means that INIT is settled. We read it, so it is ours:
-        // it comes again with the next resend, or, where there is none, its caller is told to try again.
-        Some(INIT) => answer(device, &init_reply(request))?,
-        Some(FORGET | BATCH_FORGET) | None => {}
-        Some(_) if requests == Requests::Lost => answer(device, &error_reply(request, libc::EINTR))?,
-        Some(_) => {}
-    }
-    Ok(requests)
+    Ok(released)
 }
 
 /// FUSE_NOTIFY_RESEND: every request that was read and not answered is queued again.
@@ -208,9 +226,10 @@ fn init_reply(request: &[u8]) -> Vec<u8> {
     reply
 }
 
-fn error_reply(request: &[u8], errno: i32) -> Vec<u8> {
-    let of = |offset| word(request, offset).unwrap_or_default();
-    words(&[16, (-errno) as u32, of(8), of(12)])
+fn error_reply(unique: u64, errno: i32) -> Vec<u8> {
+    let mut reply = words(&[16, (-errno) as u32]);
+    reply.extend(unique.to_ne_bytes());
+    reply
 }
 
 /// The INIT that fuser gets to read: of a kernel that offers nothing, as fuser's answer goes nowhere.

@@ -22,8 +22,13 @@ use crate::registry::{Registry, Slot, Stale};
 use crate::vproc::view::{Reader, Source};
 use crate::vproc::{Kind, Node, Render, TOP};
 
-/// Nothing here changes by itself; when a container goes or changes, the kernel is told.
+/// How long the kernel may remember. Nothing here changes by itself; when a container goes or changes, the kernel is told.
 const KEEP: Duration = Duration::from_secs(3600);
+/// What a leaf claims as its length, in bytes, whatever it will say: sendfile(2) and splice(2) take a file of length 0 for
+/// empty and never ask us (busybox `cat` reads so). Above the longest text of any row.
+const LEAF_SIZE: u64 = 32768;
+/// After a sendfile the kernel takes the end of that text for the length, until it asks again.
+const KEEP_LEAF: Duration = Duration::from_secs(1);
 /// Without NOFLUSH a process that merely closes a file hangs while no daemon lives.
 const OPENED: FopenFlags = FopenFlags::FOPEN_DIRECT_IO.union(FopenFlags::FOPEN_NOFLUSH);
 
@@ -54,8 +59,17 @@ impl Inode {
 }
 
 /// Proof that the mount point leads to this very daemon: a name that only a prober knows, and whether it was looked up.
-#[derive(Debug, Default)]
-pub struct Probe(AtomicU64);
+#[derive(Debug)]
+pub struct Probe {
+    seen: AtomicU64,
+    first_request: AtomicU64,
+}
+
+impl Default for Probe {
+    fn default() -> Self {
+        Self { seen: AtomicU64::new(0), first_request: AtomicU64::new(u64::MAX) }
+    }
+}
 
 impl Probe {
     const PREFIX: &str = ".sysbox-fs-probe-";
@@ -65,13 +79,18 @@ impl Probe {
     }
 
     pub fn seen(&self, nonce: u64) -> bool {
-        self.0.load(Ordering::Acquire) == nonce
+        self.seen.load(Ordering::Acquire) == nonce
+    }
+
+    /// The lowest number of a request that this daemon has read.
+    pub fn first_request(&self) -> Option<u64> {
+        Some(self.first_request.load(Ordering::Acquire)).filter(|unique| *unique != u64::MAX)
     }
 
     fn look(&self, name: &str) {
         if let Some(nonce) = name.strip_prefix(Self::PREFIX).and_then(|hex| u64::from_str_radix(hex, 16).ok())
         {
-            self.0.store(nonce, Ordering::Release);
+            self.seen.store(nonce, Ordering::Release);
         }
     }
 }
@@ -102,7 +121,7 @@ impl Tree {
         };
         FileAttr {
             ino: INodeNo(inode.number()),
-            size: 0,
+            size: if kind == FileType::Directory { 0 } else { LEAF_SIZE },
             blocks: 0,
             atime: self.started,
             mtime: self.started,
@@ -139,6 +158,18 @@ impl Tree {
         Generation(hash.unwrap_or_default())
     }
 
+    /// Takes note of a request. One that an earlier daemon had read and not answered is answered like any other: none here
+    /// does harm when it is done twice.
+    fn note(&self, req: &Request) {
+        let unique = u64::from(req.unique());
+        // FUSE_UNIQUE_RESEND
+        if unique >> 63 == 1 {
+            tracing::debug!(pid = req.pid(), "a request of the dead daemon came again");
+        } else {
+            self.probe.first_request.fetch_min(unique, Ordering::AcqRel);
+        }
+    }
+
     fn entries(&self, inode: Inode) -> Vec<(Inode, String)> {
         match inode {
             Inode::Root => {
@@ -172,6 +203,10 @@ impl Tree {
     }
 }
 
+fn keep(attributes: &FileAttr) -> &'static Duration {
+    if attributes.kind == FileType::Directory { &KEEP } else { &KEEP_LEAF }
+}
+
 /// Makes the kernel forget a container's directory and what is below it.
 pub fn forget(notifier: &Notifier, stale: &Stale) {
     for node in crate::vproc::TABLE {
@@ -185,33 +220,31 @@ pub fn forget(notifier: &Notifier, stale: &Stale) {
     }
 }
 
-/// Notes a request that an earlier daemon had read and not answered. It is answered like any other: none here does harm
-/// when it is done twice.
-fn note(req: &Request) {
-    // FUSE_UNIQUE_RESEND
-    if u64::from(req.unique()) >> 63 == 1 {
-        tracing::debug!(pid = req.pid(), "a request of the dead daemon came again");
-    }
-}
-
 impl Filesystem for Tree {
     fn lookup(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let (Some(parent), Some(name)) = (Inode::decode(parent.0), name.to_str()) else {
             return reply.error(Errno::ENOENT);
         };
-        note(req);
+        self.note(req);
         if matches!(parent, Inode::Root) {
             self.probe.look(name);
         }
         match self.child(parent, name) {
-            Some(inode) => reply.entry(&KEEP, &self.attributes(inode), self.generation(inode)),
+            Some(inode) => {
+                let attributes = self.attributes(inode);
+                reply.entry_with_ttls(keep(&attributes), &KEEP, &attributes, self.generation(inode));
+            }
             None => reply.error(Errno::ENOENT),
         }
     }
 
-    fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+    fn getattr(&self, req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+        self.note(req);
         match Inode::decode(ino.0) {
-            Some(inode) => reply.attr(&KEEP, &self.attributes(inode)),
+            Some(inode) => {
+                let attributes = self.attributes(inode);
+                reply.attr(keep(&attributes), &attributes);
+            }
             None => reply.error(Errno::ESTALE),
         }
     }
@@ -237,13 +270,13 @@ impl Filesystem for Tree {
     ) {
         match Inode::decode(ino.0) {
             Some(_) if mode.is_some() || uid.is_some() || gid.is_some() => reply.error(Errno::EPERM),
-            Some(inode) => reply.attr(&KEEP, &self.attributes(inode)),
+            Some(inode) => reply.attr(&KEEP_LEAF, &self.attributes(inode)),
             None => reply.error(Errno::ESTALE),
         }
     }
 
     fn open(&self, req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        note(req);
+        self.note(req);
         match Inode::decode(ino.0) {
             Some(Inode::Node(_, Node { kind: Kind::File(_), .. })) => {
                 reply.opened(FileHandle(self.handles.open()), OPENED);
@@ -267,7 +300,7 @@ impl Filesystem for Tree {
         let Some(Inode::Node(slot, Node { kind: Kind::File(render), .. })) = Inode::decode(ino.0) else {
             return reply.error(Errno::ESTALE);
         };
-        note(req);
+        self.note(req);
         if let Some(bytes) = self.handles.read(fh.0, ino.0, offset, size) {
             return reply.data(&bytes);
         }
@@ -298,7 +331,7 @@ impl Filesystem for Tree {
 
     fn release(
         &self,
-        _req: &Request,
+        req: &Request,
         _ino: INodeNo,
         fh: FileHandle,
         _flags: OpenFlags,
@@ -306,11 +339,13 @@ impl Filesystem for Tree {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
+        self.note(req);
         self.handles.release(fh.0);
         reply.ok();
     }
 
-    fn readdir(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+    fn readdir(&self, req: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+        self.note(req);
         let Some(inode) = Inode::decode(ino.0) else { return reply.error(Errno::ESTALE) };
         let itself = [(inode, ".".to_owned()), (inode, "..".to_owned())];
         let entries = itself.into_iter().chain(self.entries(inode));

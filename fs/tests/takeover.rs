@@ -108,7 +108,7 @@ fn files_look_as_in_procfs_and_belong_to_the_containers_root() {
     let directory = bed.prepare("c", 0);
     let look = "stat -c '%u:%g %a %F %s' $F $F/proc $F/proc/meminfo; stat -c '%u:%g %a' $F/..; ls $F $F/proc; ls $F/..";
     let expected = format!(
-        "200000:200000 555 directory 0\n200000:200000 555 directory 0\n200000:200000 444 regular empty file 0\n0:0 711\n\
+        "200000:200000 555 directory 0\n200000:200000 555 directory 0\n200000:200000 444 regular file 32768\n0:0 711\n\
          {d}:\nproc\n\n{d}/proc:\nmeminfo\nswaps\n{}\n",
         key("c").slug(),
         d = directory.display()
@@ -121,6 +121,13 @@ fn files_look_as_in_procfs_and_belong_to_the_containers_root() {
         "dd if=$F bs=7 status=none | cksum; cat $F | wc -c; dd if=$F bs=1 skip=9 count=6 status=none",
     );
     assert!(pieces.ends_with("      "), "{pieces:?}");
+    // busybox `cat`.
+    let (copy, file) = (tempfile::NamedTempFile::new().unwrap(), std::fs::File::open(&meminfo).unwrap());
+    let sent = nix::sys::sendfile::sendfile(&copy, &file, None, 1 << 16).unwrap();
+    let text = std::fs::read_to_string(&copy).unwrap();
+    assert!(text.starts_with("MemTotal:") && text.ends_with(" kB\n"), "{text:?}");
+    assert_eq!(std::fs::metadata(&copy).unwrap().len(), sent as u64);
+    drop(file);
     for (script, expected) in [
         ("echo x > $F; echo $?", "1\n"),
         ("chmod 600 $F; echo $?", "1\n"),
@@ -150,20 +157,22 @@ fn kill_9_and_restart_go_unnoticed() {
     // These read all the while; every kill hits some of their requests at some point of their way.
     let stop = bed.path().join("stop");
     let busy = format!(
-        "i=0; while [ ! -e {} ] || [ $i -lt 100 ]; do cat $F >/dev/null || exit 1; [ -e $F.never ] && exit 1; \
-         i=$((i+1)); done; echo $i",
+        "i=0; bad=0; while [ ! -e {} ] || [ $i -lt 100 ]; do cat $F >/dev/null || bad=$((bad+1)); \
+         [ -e $F.never ] && exit 1; i=$((i+1)); done; echo $i $bad",
         stop.display()
     );
     let busy: Vec<_> = (0..3).map(|_| bed.shell(&meminfo, &busy)).collect();
     // Ten times at least, and until a death has left requests behind that were read and not answered.
     let resent = |bed: &Bed| bed.log().contains("a request of the dead daemon came again");
+    // Linux 6.9 has RESEND. Before, such a request is interrupted, which is a row of docs/KERNEL.md; nothing may hang.
+    let interrupted = |bed: &Bed| bed.log().contains("interrupted reads that were being answered");
     for kills in 1.. {
         bed.kill();
         bed.start();
-        if kills >= 10 && resent(&bed) {
+        if kills >= 10 && (resent(&bed) || interrupted(&bed)) {
             break;
         }
-        assert!(kills < 300, "no request was ever resent");
+        assert!(kills < 300, "no request was ever left behind");
         std::thread::sleep(Duration::from_millis(20));
     }
     std::fs::write(&stop, "").unwrap();
@@ -177,8 +186,10 @@ fn kill_9_and_restart_go_unnoticed() {
     bed.readers[old_fd].stdin.as_mut().unwrap().write_all(b"\n").unwrap();
     assert!(bed.output(old_fd).contains("DirectMap"));
     for reader in busy {
-        let reads: u64 = bed.output(reader).trim().parse().unwrap();
-        assert!(reads >= 100);
+        let output = bed.output(reader);
+        let (reads, failed) = output.trim().split_once(' ').unwrap();
+        assert!(reads.parse::<u64>().unwrap() >= 100);
+        assert!(failed == "0" || interrupted(&bed), "{failed} of {reads} reads failed");
     }
     let Reply::Containers { keys, more: false } = bed.call(&Request::List { after: None }) else { panic!() };
     assert_eq!(keys, ["a", "b", "c", "d"].map(key));

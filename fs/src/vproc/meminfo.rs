@@ -23,8 +23,12 @@ pub fn render(view: &MemoryView) -> String {
         match value {
             // As fs/proc/meminfo.c: the name padded to 16, the value to 8.
             Some(kb) => {
-                let padding = 15usize.saturating_sub(name.len());
-                writeln!(text, "{name}:{:padding$}{kb:>8} kB", "").expect("a String takes every write");
+                match 15usize.checked_sub(name.len()) {
+                    Some(padding) => writeln!(text, "{name}:{:padding$}{kb:>8} kB", ""),
+                    // HardwareCorrupted
+                    None => writeln!(text, "{name}: {kb:>5} kB"),
+                }
+                .expect("a String takes every write");
             }
             None => {
                 text.push_str(line);
@@ -196,6 +200,7 @@ SwapTotal:       2097148 kB
 SwapFree:        2000000 kB
 AnonPages:         11996 kB
 Shmem:              8788 kB
+HardwareCorrupted:     4 kB
 Slab:             161852 kB
 SReclaimable:     128264 kB
 KernelStack:        1360 kB
@@ -249,6 +254,7 @@ SwapTotal:        131072 kB
 SwapFree:         102400 kB
 AnonPages:         30720 kB
 Shmem:              1024 kB
+HardwareCorrupted:     0 kB
 Slab:               6144 kB
 SReclaimable:       4096 kB
 KernelStack:          64 kB
@@ -323,10 +329,10 @@ DirectMap1G:           0 kB
             shape(text).iter().map(|l| l.split(':').next().unwrap().to_owned()).collect::<Vec<_>>()
         };
         assert_eq!(labels(&text), labels(&real));
-        // Column by column, for each line whose value has the width of the kernel's field.
+        // Column by column, for each line whose value does not overflow the kernel's field.
         for (ours, theirs) in text.lines().zip(real.lines()) {
-            if theirs.len() == 27 {
-                assert_eq!(ours.len(), 27, "{ours}");
+            if value_of(theirs.split_once(':').unwrap().1).unwrap() < 100_000 {
+                assert!(ours.len() == theirs.len() || ours.len() > 27, "{ours:?} {theirs:?}");
             }
         }
     }
