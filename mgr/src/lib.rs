@@ -4,11 +4,15 @@
 //! `ledger` and `subid` decide and touch nothing; `store`, `watch`, `vault`, `observe` and `facts` are the doors;
 //! `server` joins them.
 
+pub mod aside;
+mod beneath;
+pub mod coherence;
 pub mod facts;
 pub mod instance;
 pub mod ledger;
 pub mod log;
 pub mod observe;
+pub mod overlay;
 pub mod server;
 pub mod store;
 pub mod subid;

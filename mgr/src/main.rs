@@ -12,6 +12,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use sysbox_ipc::IdRange;
 use sysbox_ipc::mgr::{Phase, SOCKET};
+use sysbox_mgr::coherence::Coherence;
 use sysbox_mgr::ledger::{Foreign, Ledger};
 use sysbox_mgr::log::{Format, Target};
 use sysbox_mgr::server::Server;
@@ -159,7 +160,10 @@ fn serve(arguments: &Arguments, log: &Target) -> anyhow::Result<()> {
     // A peer that is gone again before it is accepted must not make the accept wait for the next one.
     fcntl(listener.as_fd(), FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).context("fcntl(mgr.sock, O_NONBLOCK)")?;
     watch.listener(&listener)?;
-    let mut server = Server::new(ledger, store, watch, facts);
+    let coherence = Coherence::start()
+        .inspect_err(|error| warn!(%error, "what an engine writes into a running container may show late"))
+        .ok();
+    let mut server = Server::new(ledger, store, watch, facts, coherence);
     tell("READY=1");
     info!(socket = %path.display(), "ready");
     loop {

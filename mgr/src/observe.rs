@@ -2,11 +2,16 @@
 //! processes have. Looks only; `ledger` draws the conclusions.
 
 use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::sys::stat::Mode;
 use sysbox_ipc::IdRange;
-use sysbox_ipc::mgr::{FileId, Record, Rootfs};
+use sysbox_ipc::mgr::{FileId, Process, Record, Rootfs};
+use sysbox_sys::SysError;
 use sysbox_sys::error::Named;
 use sysbox_sys::process::is_alive;
 
@@ -38,6 +43,41 @@ pub fn layer(rootfs: &Rootfs) -> Layer {
 /// The network namespace of a process; `None` if it is gone.
 pub fn netns_of(pid: i32) -> Option<FileId> {
     file_id(&format!("/proc/{pid}/ns/net"))
+}
+
+/// The root directory of a process, if the file system there is an overlay. Asks the kernel's tables only: a container may
+/// have made its root a FUSE file system that never answers.
+///
+/// # Errors
+/// `ESRCH`: the process is gone; `ENODEV`: its root is no overlay.
+pub fn overlay_root(process: Process) -> sysbox_sys::Result<OwnedFd> {
+    let path = format!("/proc/{}/root", process.pid);
+    let gone = || SysError::new(Errno::ESRCH, format!("open({path})"));
+    let read = |path: String| std::fs::read_to_string(&path).named(|| format!("read({path})"));
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let root = nix::fcntl::open(path.as_str(), flags, Mode::empty());
+    let mounts = read(format!("/proc/{}/mountinfo", process.pid));
+    if !is_alive(process) {
+        return Err(gone());
+    }
+    let root = root.named(|| format!("open({path})"))?;
+    let info = read(format!("/proc/self/fdinfo/{}", root.as_raw_fd()))?;
+    if mount_id(&info).is_some_and(|id| is_overlay(mounts.as_deref().unwrap_or_default(), id)) {
+        return Ok(root);
+    }
+    Err(SysError::new(Errno::ENODEV, format!("{path}: not an overlay")))
+}
+
+/// The line `mnt_id:` of /proc/PID/fdinfo/N (proc(5)).
+fn mount_id(info: &str) -> Option<&str> {
+    info.lines().find_map(|line| line.strip_prefix("mnt_id:")).map(str::trim)
+}
+
+/// Whether the mount `id` in the text of a mountinfo file (proc(5)) is an overlay.
+fn is_overlay(mounts: &str, id: &str) -> bool {
+    let line = mounts.lines().find(|line| line.split(' ').next() == Some(id));
+    let after = line.and_then(|line| line.split_once(" - "));
+    after.is_some_and(|(_, after)| after.split(' ').next() == Some("overlay"))
 }
 
 /// The network namespace of this daemon: the host's.
@@ -117,6 +157,16 @@ mod tests {
         std::fs::remove_dir_all(dir.path().join("overlay2/id")).unwrap();
         assert_eq!(layer(&rootfs), Layer::Gone);
         assert_eq!(layer(&Rootfs::Directory { path: "/".into() }), Layer::Unknown);
+    }
+
+    #[test]
+    fn an_overlay_is_known_by_its_mount() {
+        let mounts = "25 1 254:0 / / rw - ext4 /dev/vda rw\n\
+                      120 99 0:57 / / rw,relatime master:1 - overlay overlay rw,lowerdir=/l - x\n";
+        for (id, expected) in [("120", true), ("25", false), ("12", false), ("99", false)] {
+            assert_eq!(is_overlay(mounts, id), expected, "{id}");
+        }
+        assert_eq!(mount_id("pos:\t0\nflags:\t012\nmnt_id:\t120\nino:\t2\n"), Some("120"));
     }
 
     #[test]

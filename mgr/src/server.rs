@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use sysbox_ipc::mgr::{Grant, HostFacts, Phase, Process, Record, Register, Reply, Request, Rootfs};
 use sysbox_ipc::{ContainerKey, Hello, MAX_MESSAGE, PROTOCOL_VERSION, Refusal, RefusalKind};
@@ -15,6 +16,8 @@ use sysbox_sys::process::is_alive;
 use sysbox_sys::socket::{Connection, Listener, SocketError};
 use tracing::{debug, error, info, trace, warn};
 
+use crate::aside::Upper;
+use crate::coherence::{Coherence, Target};
 use crate::in_full;
 use crate::ledger::{Fate, Layer, Ledger, Release, fate, process_of};
 use crate::observe;
@@ -36,6 +39,7 @@ pub struct Server {
     watch: Watch,
     facts: HostFacts,
     vault: Vault,
+    coherence: Option<Coherence>,
     peers: BTreeMap<u64, Peer>,
     /// Deleted by the engine while their init still ran.
     releasing: BTreeSet<ContainerKey>,
@@ -56,9 +60,15 @@ enum Answer<'a> {
 
 impl Server {
     /// Takes over the records found at start: what has ended meanwhile is dealt with, the rest is watched again.
-    pub fn new(ledger: Ledger, store: Store, watch: Watch, facts: HostFacts) -> Self {
+    pub fn new(
+        ledger: Ledger,
+        store: Store,
+        watch: Watch,
+        facts: HostFacts,
+        coherence: Option<Coherence>,
+    ) -> Self {
         let (vault, peers, releasing) = (Vault::default(), BTreeMap::new(), BTreeSet::new());
-        let mut server = Self { ledger, store, watch, facts, vault, peers, releasing };
+        let mut server = Self { ledger, store, watch, facts, vault, coherence, peers, releasing };
         server.sweep();
         let kept: Vec<Record> = server.ledger.records().cloned().collect();
         for record in kept {
@@ -207,6 +217,7 @@ impl Server {
         }
         self.put(record.clone())?;
         self.watch_layer(&record);
+        recover(&record);
         for why in registered.warnings {
             warn!(container = %record.key, why, "id map");
         }
@@ -226,10 +237,10 @@ impl Server {
         let netns = observe::netns_of(init.pid);
         let record = self.ledger.started(key, init, netns, &is_alive)?;
         let runs = self.watch.process(key, init);
-        self.put(record)?;
+        self.put(record.clone())?;
         info!(container = %key, pid = init.pid, "started");
         match runs {
-            Ok(true) => {}
+            Ok(true) => self.cohere(&record),
             // An init may be gone before its runtime tells of it.
             Ok(false) => self.ended(key),
             Err(error) => return Err(internal(&error)),
@@ -253,6 +264,9 @@ impl Server {
     /// The process of the record's phase is gone.
     fn ended(&mut self, key: &ContainerKey) {
         debug!(container = %key, "its process ended");
+        if let Some(coherence) = &self.coherence {
+            coherence.forget(key);
+        }
         if self.releasing.remove(key) {
             if let Err(refusal) = self.release(key) {
                 error!(container = %key, why = %refusal, "cannot release");
@@ -317,11 +331,26 @@ impl Server {
 
     fn watch_all(&mut self, record: &Record) {
         self.watch_layer(record);
-        let Some(process) = process_of(record) else { return };
+        let Some(process) = process_of(record) else { return recover(record) };
         match self.watch.process(&record.key, process) {
-            Ok(true) => {}
-            Ok(false) => self.look_again(&record.key),
+            Ok(true) => self.cohere(record),
+            Ok(false) => {
+                recover(record);
+                self.look_again(&record.key);
+            }
             Err(error) => error!(container = %record.key, %error, "cannot watch its process"),
+        }
+    }
+
+    /// Keeps the container's overlay and the engine's alike, from now until its init ends.
+    fn cohere(&self, record: &Record) {
+        let (Rootfs::Overlay { merged, upper }, Phase::Running { init }) = (&record.rootfs, record.phase)
+        else {
+            return;
+        };
+        if let Some(coherence) = &self.coherence {
+            let (key, merged, upper) = (record.key.clone(), merged.clone(), upper.clone());
+            coherence.watch(Target { key, init, merged, upper });
         }
     }
 
@@ -344,6 +373,17 @@ impl Server {
             records.push(record.clone());
         }
         Reply::Records { records, more }
+    }
+}
+
+/// Puts back what a manager that was killed had moved in the layer.
+fn recover(record: &Record) {
+    let Rootfs::Overlay { upper, .. } = &record.rootfs else { return };
+    match Upper::open(upper).and_then(|upper| upper.recover()) {
+        Err(error) if error.errno != Errno::ENOENT => {
+            error!(container = %record.key, %error, "files that the engine wrote are in `sysbox-aside` beside the layer");
+        }
+        _ => {}
     }
 }
 

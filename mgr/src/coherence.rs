@@ -1,0 +1,361 @@
+//! When the engine's overlay and the container's are made to agree: a thread that hears of what is done through the engine's
+//! (fanotify) and has `overlay` do what is needed. Nothing the container does makes an event.
+//!
+//! Two speeds. At once, for each path that was opened or written: is it in the upper, and does the container see that? When
+//! it has been quiet for a moment: both sides forget what they do not use, so that the next use starts right.
+//!
+//! Neither the thread nor its events are needed for a container to run: where they fail, what the engine did shows up late.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::fanotify::{EventFFlags, Fanotify, FanotifyEvent, InitFlags, MarkFlags, MaskFlags};
+use nix::sys::stat::fstat;
+use nix::sys::statfs::{OVERLAYFS_SUPER_MAGIC, statfs};
+use sysbox_ipc::ContainerKey;
+use sysbox_ipc::mgr::{DATA_ROOTS, Process};
+use sysbox_sys::error::Named;
+use sysbox_sys::{Result, SysError};
+use tracing::{debug, error, warn};
+
+use crate::aside::Upper;
+use crate::observe::overlay_root;
+use crate::overlay::Pair;
+
+/// Without events for so long, an engine's operation is taken to be over.
+const QUIET: Duration = Duration::from_millis(10);
+/// An operation that takes longer is looked at in between.
+const LATEST: Duration = Duration::from_millis(100);
+/// How soon the engine is asked again whether it still uses a directory that was moved aside.
+const AGAIN: Duration = Duration::from_millis(250);
+
+/// How long a stop waits for the thread.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// A running container whose rootfs is an engine's overlay.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Target {
+    pub key: ContainerKey,
+    pub init: Process,
+    pub merged: PathBuf,
+    pub upper: PathBuf,
+}
+
+/// The thread.
+#[derive(Debug)]
+pub struct Coherence {
+    commands: Sender<Command>,
+    wake: Arc<EventFd>,
+    thread: Option<JoinHandle<()>>,
+    /// Closed by the thread when it ends.
+    ended: Receiver<()>,
+}
+
+#[derive(Debug)]
+enum Command {
+    Watch(Target),
+    Forget(ContainerKey),
+    Settle(ContainerKey, Sender<u64>),
+    Stop,
+}
+
+impl Coherence {
+    /// # Errors
+    /// No fanotify (CAP_SYS_ADMIN, CONFIG_FANOTIFY), no eventfd, no thread.
+    pub fn start() -> Result<Self> {
+        let flags = InitFlags::FAN_CLASS_NOTIF | InitFlags::FAN_CLOEXEC | InitFlags::FAN_NONBLOCK;
+        // O_NONBLOCK: the kernel opens what an event is about, and that may be a FIFO.
+        let opened = EventFFlags::O_RDONLY
+            | EventFFlags::O_LARGEFILE
+            | EventFFlags::O_CLOEXEC
+            | EventFFlags::O_NONBLOCK;
+        let fanotify = Fanotify::init(flags, opened).named(|| "fanotify_init(CLASS_NOTIF)".to_owned())?;
+        let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+            .named(|| "eventfd".to_owned())?;
+        let wake = Arc::new(wake);
+        let (commands, receiver) = channel();
+        let (ending, ended) = channel();
+        let worker = Worker {
+            fanotify,
+            commands: receiver,
+            wake: Arc::clone(&wake),
+            sides: BTreeMap::new(),
+            events: 0,
+        };
+        let thread = std::thread::Builder::new()
+            .name("coherence".into())
+            .stack_size(256 * 1024)
+            .spawn(move || {
+                let _ending = ending;
+                worker.run();
+            })
+            .named(|| "start the thread `coherence`".to_owned())?;
+        Ok(Self { commands, wake, thread: Some(thread), ended })
+    }
+
+    pub fn watch(&self, target: Target) {
+        self.tell(Command::Watch(target));
+    }
+
+    pub fn forget(&self, key: &ContainerKey) {
+        self.tell(Command::Forget(key.clone()));
+    }
+
+    /// Has both sides agree now; returns when they do. The number of events there have been so far.
+    pub fn settle(&self, key: &ContainerKey) -> u64 {
+        let (sender, receiver) = channel();
+        self.tell(Command::Settle(key.clone(), sender));
+        // The thread being gone was told by `tell`.
+        receiver.recv().unwrap_or_default()
+    }
+
+    fn tell(&self, command: Command) {
+        if self.commands.send(command).is_err() {
+            return error!("the thread `coherence` is gone: what the engine writes may show late");
+        }
+        if let Err(errno) = self.wake.write(1) {
+            error!(%errno, "eventfd");
+        }
+    }
+}
+
+impl Drop for Coherence {
+    fn drop(&mut self) {
+        self.tell(Command::Stop);
+        // A file system that does not answer must not keep the daemon from stopping; the thread ends with the process.
+        if self.ended.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
+            return warn!("the thread `coherence` does not come to an end");
+        }
+        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
+            error!("the thread `coherence` panicked");
+        }
+    }
+}
+
+struct Worker {
+    fanotify: Fanotify,
+    commands: Receiver<Command>,
+    wake: Arc<EventFd>,
+    sides: BTreeMap<ContainerKey, Side>,
+    events: u64,
+}
+
+/// What is known of a target.
+struct Side {
+    target: Target,
+    pair: Pair,
+    /// st_dev of the engine's overlay.
+    engine_device: u64,
+    /// When to flush, unless there are events before.
+    due: Option<Due>,
+}
+
+struct Due {
+    at: Instant,
+    at_the_latest: Instant,
+}
+
+impl Side {
+    /// There was an event just now.
+    fn disturb(&mut self) {
+        let now = Instant::now();
+        let at_the_latest = self.due.as_ref().map_or(now + LATEST, |due| due.at_the_latest);
+        self.due = Some(Due { at: (now + QUIET).min(at_the_latest), at_the_latest });
+    }
+
+    fn flush(&mut self) {
+        self.due = None;
+        match self.pair.flush() {
+            Ok(true) => {}
+            Ok(false) => {
+                let again = Instant::now() + AGAIN;
+                self.due = Some(Due { at: again, at_the_latest: again });
+            }
+            Err(error) => self.complain(&error, "flush"),
+        }
+    }
+
+    fn settle(&self, paths: Option<&BTreeSet<PathBuf>>) {
+        let settled = match paths {
+            Some(paths) => paths.iter().try_for_each(|path| self.pair.settle(path)),
+            None => self.pair.settle_all(
+                &DATA_ROOTS.iter().map(|path| PathBuf::from(path.trim_start_matches('/'))).collect(),
+            ),
+        };
+        if let Err(error) = settled {
+            self.complain(&error, "settle");
+        }
+    }
+
+    fn complain(&self, error: &SysError, what: &str) {
+        let container = &self.target.key;
+        match error.errno {
+            // The container has ended, or its engine has unmounted its side.
+            Errno::ESRCH | Errno::ENOENT => debug!(%container, %error, what, "overlays"),
+            _ => warn!(%container, %error, what, "the container may not see what its engine wrote"),
+        }
+    }
+}
+
+impl Worker {
+    fn run(mut self) {
+        while self.obey() {
+            self.wait();
+            // Cleared before the commands are read: one that comes in between wakes again.
+            if let Err(errno) = self.wake.read() {
+                debug_assert_eq!(errno, Errno::EAGAIN);
+            }
+            self.hear();
+            let now = Instant::now();
+            for side in self.sides.values_mut() {
+                if side.due.as_ref().is_some_and(|due| due.at <= now) {
+                    side.flush();
+                }
+            }
+        }
+    }
+
+    fn wait(&self) {
+        let next = self.sides.values().filter_map(|side| side.due.as_ref().map(|due| due.at)).min();
+        let limit = next.map_or(PollTimeout::NONE, |at| {
+            let left = at.saturating_duration_since(Instant::now()).as_millis() + 1;
+            PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+        });
+        let mut ready = [
+            PollFd::new(self.fanotify.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.wake.as_fd(), PollFlags::POLLIN),
+        ];
+        if let Err(errno) = poll(&mut ready, limit) {
+            debug_assert_eq!(errno, Errno::EINTR);
+        }
+    }
+
+    /// Whether to go on.
+    fn obey(&mut self) -> bool {
+        while let Ok(command) = self.commands.try_recv() {
+            match command {
+                Command::Watch(target) => self.watch(target),
+                Command::Forget(key) => self.forget(&key),
+                Command::Settle(key, done) => {
+                    self.hear();
+                    if let Some(side) = self.sides.get_mut(&key) {
+                        side.flush();
+                    }
+                    if done.send(self.events).is_err() {
+                        debug!(container = %key, "nobody waits any more");
+                    }
+                }
+                Command::Stop => return false,
+            }
+        }
+        true
+    }
+
+    fn watch(&mut self, target: Target) {
+        self.forget(&target.key);
+        let Target { key, init, merged, upper } = &target;
+        let open = || {
+            let pair = Pair::open(merged, upper, overlay_root(*init)?)?;
+            mark(&self.fanotify, MarkFlags::FAN_MARK_ADD, merged)?;
+            let facts = nix::sys::stat::stat(merged).named(|| format!("stat({})", merged.display()))?;
+            Ok::<_, SysError>((pair, facts.st_dev))
+        };
+        let (pair, engine_device) = match open() {
+            Ok(opened) => opened,
+            // Gone as fast as it came.
+            Err(error) if error.errno == Errno::ESRCH => return,
+            Err(error) => {
+                return warn!(container = %key, %error, "not told of what the engine writes: it may show late");
+            }
+        };
+        let key = key.clone();
+        let mut side = Side { target, pair, engine_device, due: None };
+        // After a start of the manager: what happened without it.
+        side.settle(None);
+        side.disturb();
+        self.sides.insert(key, side);
+    }
+
+    fn forget(&mut self, key: &ContainerKey) {
+        let Some(side) = self.sides.remove(key) else { return };
+        let Target { merged, upper, .. } = &side.target;
+        // Mostly it is unmounted by now, and the mark gone with it.
+        let unmarked = mark(&self.fanotify, MarkFlags::FAN_MARK_REMOVE, merged);
+        let recovered = Upper::open(upper).and_then(|upper| upper.recover());
+        debug!(container = %key, ?unmarked, ?recovered, "no longer watched");
+    }
+
+    /// Reads all events, so that none keeps a mount of the engine's busy, and settles what they name.
+    fn hear(&mut self) {
+        let mut heard: BTreeMap<ContainerKey, BTreeSet<PathBuf>> = BTreeMap::new();
+        let mut lost = false;
+        loop {
+            let events = match self.fanotify.read_events() {
+                Ok(events) => events,
+                Err(Errno::EAGAIN | Errno::EINTR) => break,
+                // Of one event: what it is about cannot be opened (a device without driver, a file that is gone).
+                Err(errno) => {
+                    debug!(%errno, "read(fanotify)");
+                    continue;
+                }
+            };
+            self.events += events.len() as u64;
+            for event in &events {
+                lost |= event.mask().contains(MaskFlags::FAN_Q_OVERFLOW);
+                if let Some((key, path)) = self.place(event) {
+                    heard.entry(key).or_default().insert(path);
+                }
+            }
+        }
+        for (key, side) in &mut self.sides {
+            let paths = heard.get(key);
+            if lost {
+                warn!(container = %key, "too many events: looking at the whole layer");
+                side.settle(None);
+            } else if paths.is_some() {
+                side.settle(paths);
+            }
+            if lost || paths.is_some() {
+                side.disturb();
+            }
+        }
+    }
+
+    /// Whose overlay an event is from, and the path from its root.
+    fn place(&self, event: &FanotifyEvent) -> Option<(ContainerKey, PathBuf)> {
+        let fd = event.fd()?;
+        let name = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).ok()?;
+        let device = fstat(fd).ok()?.st_dev;
+        // Where its layers are on several file systems, a file may have another device number than its overlay.
+        let side = self
+            .sides
+            .values()
+            .find(|side| side.engine_device == device)
+            .or_else(|| self.sides.values().find(|side| name.starts_with(&side.target.merged)))?;
+        // In the engine's own mount namespace the overlay may be the root.
+        let path = name.strip_prefix(&side.target.merged).or_else(|_| name.strip_prefix("/")).ok()?;
+        Some((side.target.key.clone(), path.to_owned()))
+    }
+}
+
+/// Adds or removes the mark on the engine's overlay at `merged`; never on whatever else is mounted there.
+fn mark(fanotify: &Fanotify, how: MarkFlags, merged: &Path) -> Result<()> {
+    let what = || format!("fanotify_mark({how:?}, {})", merged.display());
+    let flags = nix::fcntl::OFlag::O_PATH | nix::fcntl::OFlag::O_CLOEXEC;
+    let dir: OwnedFd = nix::fcntl::open(merged, flags, nix::sys::stat::Mode::empty()).named(what)?;
+    let path = sysbox_sys::path::proc_path(dir.as_fd());
+    if statfs(&path).named(what)?.filesystem_type() != OVERLAYFS_SUPER_MAGIC {
+        return Err(SysError::new(Errno::ENODEV, format!("{}: not an overlay", what())));
+    }
+    let mask =
+        MaskFlags::FAN_OPEN | MaskFlags::FAN_MODIFY | MaskFlags::FAN_CLOSE_WRITE | MaskFlags::FAN_ONDIR;
+    fanotify.mark(how | MarkFlags::FAN_MARK_FILESYSTEM, mask, nix::fcntl::AT_FDCWD, Some(&path)).named(what)
+}

@@ -1,0 +1,415 @@
+//! The engine's overlay and the container's, both real, in a mount namespace of each test's own: what one side does shows on
+//! the other, and neither breaks the other's writes. Needs root, overlay and idmapped mounts.
+
+#![allow(clippy::unwrap_used, reason = "helpers of tests are tests")]
+
+use std::fs::{self, File};
+use std::io::{ErrorKind, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
+use sysbox_ipc::{ContainerId, ContainerKey, IdMap, IdRange};
+use sysbox_mgr::aside::{ASIDE, Upper};
+use sysbox_mgr::coherence::{Coherence, Target};
+use sysbox_sys::creds::with_fs_ids;
+use sysbox_sys::mount::{Attributes, Depth, FsContext, attach, clone_tree, set_idmap};
+use sysbox_sys::path::proc_path;
+use sysbox_sys::process::identify;
+use sysbox_sys::userns;
+
+const LIMIT: Duration = Duration::from_secs(10);
+/// The container's root on the host.
+const BASE: u32 = 3_000_000_000;
+
+/// One container as an engine and the runtime make it, and an init in it.
+struct Bed {
+    dir: tempfile::TempDir,
+    init: Child,
+    coherence: Option<Coherence>,
+    key: ContainerKey,
+    _attached: Vec<OwnedFd>,
+}
+
+impl Bed {
+    fn new() -> Self {
+        let bed = Self::unwatched();
+        bed.watch()
+    }
+
+    fn unwatched() -> Self {
+        assert!(nix::unistd::geteuid().is_root(), "needs root");
+        unshare(CloneFlags::CLONE_NEWNS).unwrap();
+        let none = None::<&str>;
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        for name in [
+            "lower",
+            "id/diff",
+            "id/work",
+            "id/merged",
+            "id/sysbox-work",
+            "stage/lower",
+            "stage/store",
+            "rootfs",
+        ] {
+            fs::create_dir_all(path(name)).unwrap();
+        }
+        fill(&path("lower"));
+        let options = format!(
+            "lowerdir={},upperdir={},workdir={}",
+            path("lower").display(),
+            path("id/diff").display(),
+            path("id/work").display()
+        );
+        mount(Some("overlay"), &path("id/merged"), Some("overlay"), MsFlags::empty(), Some(options.as_str()))
+            .unwrap();
+
+        let map = IdMap::of_range(IdRange { start: BASE, count: 65536 }).unwrap();
+        let userns = {
+            // Two at once, in one process, would wait for each other: each child has the other's pipe.
+            static ONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
+            let _one = ONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            userns::with_maps(&map).unwrap()
+        };
+        let idmapped = |from: &str, to: &str| {
+            let clone = clone_tree(&path(from), Depth::One).unwrap();
+            set_idmap(clone.as_fd(), userns.as_fd(), Depth::One).unwrap();
+            attach(clone.as_fd(), File::open(path(to)).unwrap().as_fd()).unwrap();
+            clone
+        };
+        let (lower, store) = (idmapped("lower", "stage/lower"), idmapped("id", "stage/store"));
+        let overlay = FsContext::open("overlay").unwrap();
+        let [lower_path, store_path] = [&lower, &store].map(|fd| proc_path(fd.as_fd()));
+        overlay.set_text("lowerdir", lower_path.to_str().unwrap()).unwrap();
+        overlay.set_text("upperdir", store_path.join("diff").to_str().unwrap()).unwrap();
+        overlay.set_text("workdir", store_path.join("sysbox-work").to_str().unwrap()).unwrap();
+        let rootfs =
+            with_fs_ids(BASE, BASE, || overlay.create().and_then(|()| overlay.mount(Attributes::default())));
+        let rootfs = rootfs.unwrap().unwrap();
+        attach(rootfs.as_fd(), File::open(path("rootfs")).unwrap().as_fd()).unwrap();
+
+        let init = Command::new("chroot").arg(path("rootfs")).args(["/bin/sleep", "1000"]).spawn().unwrap();
+        let link = format!("/proc/{}/root", init.id());
+        eventually("init is in its root", || fs::read_link(&link).is_ok_and(|root| root == path("rootfs")));
+        let key = ContainerKey::new(Path::new("/run/r"), ContainerId::parse("c").unwrap());
+        Self { dir, init, coherence: None, key, _attached: vec![lower, store, rootfs] }
+    }
+
+    fn watch(mut self) -> Self {
+        let init = identify(i32::try_from(self.init.id()).unwrap()).unwrap();
+        let coherence = Coherence::start().unwrap();
+        let (merged, upper) = (self.path("id/merged"), self.path("id/diff"));
+        coherence.watch(Target { key: self.key.clone(), init, merged, upper });
+        self.coherence = Some(coherence);
+        self.settle();
+        self
+    }
+
+    fn settle(&self) -> u64 {
+        self.coherence.as_ref().unwrap().settle(&self.key)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// A path through the engine's overlay.
+    fn engine(&self, name: &str) -> PathBuf {
+        self.path("id/merged").join(name)
+    }
+
+    /// A path through the container's overlay.
+    fn container(&self, name: &str) -> PathBuf {
+        self.path("rootfs").join(name)
+    }
+
+    /// As `docker cp` does: what is there goes, then the file is made, written, and given its owner and times.
+    fn engine_copies_in(&self, name: &str, content: &str) {
+        copy_in(&self.engine(name), content).unwrap();
+    }
+
+    fn container_writes(&self, name: &str, content: &str) -> std::io::Result<()> {
+        inside(|| fs::write(self.container(name), content))
+    }
+
+    fn seen_inside(&self, name: &str) -> String {
+        fs::read_to_string(self.container(name)).unwrap_or_else(|error| format!("<{}>", error.kind()))
+    }
+
+    fn pin(&self, name: &str) -> File {
+        File::open(self.container(name)).unwrap()
+    }
+}
+
+impl Drop for Bed {
+    fn drop(&mut self) {
+        drop(self.coherence.take());
+        self.init.kill().unwrap();
+        self.init.wait().unwrap();
+    }
+}
+
+/// A small Debian: a program that sleeps, and some directories to write in.
+fn fill(root: &Path) {
+    let copy = |file: &Path| {
+        let to = root.join(file.strip_prefix("/").unwrap());
+        fs::create_dir_all(to.parent().unwrap()).unwrap();
+        fs::copy(file, to).unwrap();
+    };
+    copy(Path::new("/bin/sleep"));
+    let listed = Command::new("ldd").arg("/bin/sleep").output().unwrap();
+    for word in String::from_utf8(listed.stdout)
+        .unwrap()
+        .split_ascii_whitespace()
+        .filter(|word| word.starts_with('/'))
+    {
+        copy(Path::new(word));
+    }
+    for dir in ["etc/deep/deeper", "usr/bin", "opt", "srv"] {
+        fs::create_dir_all(root.join(dir)).unwrap();
+    }
+    for at in 0..100 {
+        fs::create_dir_all(root.join(format!("opt/{at}"))).unwrap();
+        fs::write(root.join(format!("opt/{at}/base")), "of the layer").unwrap();
+    }
+    for file in ["etc/conf", "etc/other", "etc/deep/deeper/conf", "usr/bin/tool"] {
+        fs::write(root.join(file), "of the layer").unwrap();
+    }
+}
+
+fn copy_in(path: &Path, content: &str) -> std::io::Result<()> {
+    if path.symlink_metadata().is_ok() {
+        fs::remove_file(path)?;
+    }
+    let mut file = File::options().write(true).create(true).truncate(true).open(path)?;
+    file.write_all(content.as_bytes())?;
+    drop(file);
+    std::os::unix::fs::lchown(path, Some(7), Some(7))?;
+    fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o644))?;
+    File::open(path)?.set_modified(std::time::SystemTime::UNIX_EPOCH)
+}
+
+fn inside<T>(act: impl FnOnce() -> T) -> T {
+    with_fs_ids(BASE, BASE, act).unwrap()
+}
+
+fn eventually(what: &str, reached: impl Fn() -> bool) {
+    let deadline = Instant::now() + LIMIT;
+    while !reached() {
+        assert!(Instant::now() < deadline, "{what}: not within {LIMIT:?}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn what_the_engine_copies_in_is_seen_and_can_be_written_beside() {
+    let bed = Bed::new();
+    // Looked for in vain, read, in use: everything the container's overlay remembers.
+    let pins = ["etc", "etc/deep/deeper", "usr/bin", "usr/bin/tool"].map(|name| bed.pin(name));
+    for name in
+        ["etc/new", "etc/conf", "etc/deep/deeper/new", "etc/deep/deeper/conf", "srv/new", "usr/bin/new"]
+    {
+        bed.seen_inside(name);
+    }
+    for name in
+        ["etc/new", "etc/conf", "etc/deep/deeper/new", "etc/deep/deeper/conf", "srv/new", "usr/bin/new"]
+    {
+        bed.engine_copies_in(name, "of the engine");
+        eventually(name, || bed.seen_inside(name) == "of the engine");
+        let beside = Path::new(name).with_file_name("beside");
+        bed.container_writes(beside.to_str().unwrap(), "of the container").unwrap();
+        assert_eq!(fs::metadata(bed.container(name)).unwrap().uid(), BASE + 7, "owner of {name}");
+    }
+    bed.settle();
+    for name in ["etc/beside", "etc/deep/deeper/beside", "srv/beside", "usr/bin/beside"] {
+        assert_eq!(fs::read_to_string(bed.engine(name)).unwrap(), "of the container", "{name}");
+        assert_eq!(fs::metadata(bed.engine(name)).unwrap().uid(), 0, "owner of {name}");
+    }
+    assert_eq!(bed.seen_inside("etc/other"), "of the layer");
+    // Through what was open all the time, too.
+    let listed = fs::read_dir(proc_path(pins[0].as_fd())).unwrap();
+    let mut names: Vec<_> = listed.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.retain(|name| !name.starts_with("ld"));
+    names.sort();
+    assert_eq!(names, ["beside", "conf", "deep", "new", "other"]);
+    assert!(!bed.path("id").join(ASIDE).exists(), "nothing stays aside");
+}
+
+#[test]
+fn a_file_in_use_gives_way_to_the_engines() {
+    let bed = Bed::new();
+    let (mut conf, _tool) = (bed.pin("etc/conf"), bed.pin("usr/bin/tool"));
+    for name in ["etc/conf", "usr/bin/tool"] {
+        bed.engine_copies_in(name, "of the engine");
+        eventually(name, || bed.seen_inside(name) == "of the engine");
+        inside(|| File::options().append(true).open(bed.container(name)).unwrap().write_all(b", and mine"))
+            .unwrap();
+        bed.settle();
+        assert_eq!(fs::read_to_string(bed.engine(name)).unwrap(), "of the engine, and mine");
+    }
+    let mut text = String::new();
+    std::io::Read::read_to_string(&mut conf, &mut text).unwrap();
+    assert_eq!(text, "of the layer", "who had it open has it still");
+}
+
+#[test]
+fn the_engine_reads_what_the_container_wrote() {
+    let bed = Bed::new();
+    assert_eq!(fs::read_to_string(bed.engine("etc/conf")).unwrap(), "of the layer");
+    assert!(!bed.engine("etc/deep/new").exists());
+    bed.settle();
+    bed.container_writes("etc/conf", "of the container").unwrap();
+    bed.container_writes("etc/deep/new", "of the container").unwrap();
+    inside(|| fs::remove_file(bed.container("etc/other"))).unwrap();
+    assert_eq!(fs::read_to_string(bed.engine("etc/conf")).unwrap(), "of the container");
+    assert_eq!(fs::read_to_string(bed.engine("etc/deep/new")).unwrap(), "of the container");
+    assert!(!bed.engine("etc/other").exists());
+}
+
+#[test]
+fn only_the_engine_makes_events_and_they_end() {
+    let bed = Bed::new();
+    let quiet = bed.settle();
+    bed.container_writes("etc/new", "x").unwrap();
+    for at in 0..100 {
+        bed.seen_inside(&format!("opt/{at}/base"));
+    }
+    assert_eq!(bed.settle(), quiet, "the container's doings are none");
+    let _pin = bed.pin("etc/deep");
+    bed.engine_copies_in("etc/deep/new", "of the engine");
+    eventually("seen", || bed.seen_inside("etc/deep/new") == "of the engine");
+    let after = bed.settle();
+    assert!(after > quiet);
+    for _ in 0..20 {
+        assert_eq!(bed.settle(), after, "nor are ours");
+    }
+}
+
+#[test]
+fn what_happened_before_the_manager_came_is_mended() {
+    let bed = Bed::unwatched();
+    let _pins = ["etc/deep/deeper", "opt/1"].map(|name| bed.pin(name));
+    bed.engine_copies_in("etc/deep/deeper/new", "of the engine");
+    assert_eq!(
+        bed.container_writes("etc/deep/deeper/x", "").unwrap_err().kind(),
+        ErrorKind::DirectoryNotEmpty
+    );
+    let bed = bed.watch();
+    assert_eq!(bed.seen_inside("etc/deep/deeper/new"), "of the engine");
+    bed.container_writes("etc/deep/deeper/x", "").unwrap();
+}
+
+#[test]
+fn what_a_killed_manager_left_aside_is_brought_back() {
+    let bed = Bed::unwatched();
+    bed.engine_copies_in("etc/deep/new", "of the engine");
+    bed.engine_copies_in("opt/1/new", "of the engine");
+    bed.engine_copies_in("usr/bin/tool", "of the engine");
+    bed.container_writes("srv/mine", "of the container").unwrap();
+    let aside = bed.path("id").join(ASIDE);
+    fs::create_dir(&aside).unwrap();
+    let upper = bed.path("id/diff");
+    for (number, place) in ["etc/deep", "opt/1", "usr/bin/tool", "gone/x"].into_iter().enumerate() {
+        std::os::unix::fs::symlink(place, aside.join(format!("{number}.to"))).unwrap();
+        if number < 3 {
+            fs::rename(upper.join(place), aside.join(number.to_string())).unwrap();
+        }
+    }
+    // Meanwhile the container made its own copy of one of them.
+    fs::create_dir(upper.join("opt/1")).unwrap();
+    fs::write(upper.join("opt/1/mine"), "of the container").unwrap();
+    Upper::open(&upper).unwrap().recover().unwrap();
+    for (place, content) in [
+        ("etc/deep/new", "of the engine"),
+        ("opt/1/new", "of the engine"),
+        ("opt/1/mine", "of the container"),
+        ("usr/bin/tool", "of the engine"),
+        ("srv/mine", "of the container"),
+    ] {
+        assert_eq!(fs::read_to_string(upper.join(place)).unwrap(), content, "{place}");
+    }
+    assert!(!aside.exists(), "{:?}", fs::read_dir(&aside).map(Iterator::count));
+}
+
+#[test]
+fn the_engine_can_unmount_and_remove_at_any_time() {
+    let mut bed = Bed::new();
+    let _pin = bed.pin("etc/deep");
+    bed.engine_copies_in("etc/deep/new", "x");
+    eventually("umount(merged), not lazily", || umount2(&bed.path("id/merged"), MntFlags::empty()).is_ok());
+    bed.init.kill().unwrap();
+    bed.init.wait().unwrap();
+    bed.coherence.as_ref().unwrap().forget(&bed.key);
+    bed.settle();
+    fs::remove_dir_all(bed.path("id")).unwrap();
+}
+
+/// The race: the container creates and removes files in a hundred directories which it has open, while the engine copies a
+/// file into each. Nothing may be lost on either side; what fails must be over in a moment.
+#[test]
+fn writes_of_both_sides_at_once_are_all_there_in_the_end() {
+    let bed = Bed::new();
+    let dirs: Vec<String> = (0..100).map(|at| format!("opt/{at}")).collect();
+    let _pins: Vec<File> = dirs.iter().map(|dir| bed.pin(dir)).collect();
+    let done = AtomicBool::new(false);
+    let rootfs = bed.path("rootfs");
+    let (written, failed, longest, engine_failed) = std::thread::scope(|scope| {
+        let container = scope.spawn(|| {
+            let (mut written, mut failed, mut longest) = (0u64, 0u64, Duration::ZERO);
+            let mut round = 0;
+            while !done.load(Ordering::Relaxed) {
+                for dir in &dirs {
+                    // A file that stays, now and then; else one that comes and goes.
+                    let name = format!(
+                        "{dir}/{}",
+                        if round % 16 == 0 { format!("mine{round}") } else { "brief".into() }
+                    );
+                    let begin = Instant::now();
+                    while let Err(error) = inside(|| fs::write(rootfs.join(&name), &name)) {
+                        failed += 1;
+                        assert!(begin.elapsed() < LIMIT, "{name}: {error}");
+                    }
+                    longest = longest.max(begin.elapsed());
+                    written += 1;
+                    if round % 16 != 0 {
+                        inside(|| fs::remove_file(rootfs.join(&name))).unwrap();
+                    }
+                }
+                round += 1;
+            }
+            (written, failed, longest, round)
+        });
+        let mut engine_failed = 0;
+        for dir in dirs.iter().rev() {
+            let path = bed.engine(dir).join("new");
+            while let Err(error) = copy_in(&path, dir) {
+                engine_failed += 1;
+                assert!(engine_failed < 1000, "{error}");
+            }
+            std::thread::sleep(Duration::from_millis(3));
+        }
+        done.store(true, Ordering::Relaxed);
+        let (written, failed, longest, rounds) = container.join().unwrap();
+        bed.settle();
+        for dir in &dirs {
+            assert_eq!(bed.seen_inside(&format!("{dir}/new")), *dir);
+            for round in (0..rounds).step_by(16) {
+                let name = format!("{dir}/mine{round}");
+                assert_eq!(bed.seen_inside(&name), name);
+                assert_eq!(fs::read_to_string(bed.engine(&name)).unwrap(), name);
+            }
+        }
+        (written, failed, longest, engine_failed)
+    });
+    println!(
+        "{written} writes of the container: {failed} failed at first, longest {longest:?}; engine: {engine_failed} of 100"
+    );
+    assert!(longest < Duration::from_millis(500), "{longest:?}");
+}
