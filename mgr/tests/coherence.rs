@@ -14,13 +14,15 @@ use std::time::{Duration, Instant};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
-use sysbox_ipc::{ContainerId, ContainerKey, IdMap, IdRange};
+use sysbox_ipc::mgr::{Register, Reply, Request, Rootfs};
+use sysbox_ipc::{ContainerId, ContainerKey, Hello, IdMap, IdRange};
 use sysbox_mgr::aside::{ASIDE, Upper};
 use sysbox_mgr::coherence::{Coherence, Target};
 use sysbox_sys::creds::with_fs_ids;
 use sysbox_sys::mount::{Attributes, Depth, FsContext, attach, clone_tree, set_idmap};
 use sysbox_sys::path::proc_path;
 use sysbox_sys::process::identify;
+use sysbox_sys::socket::Connection;
 use sysbox_sys::userns;
 
 const LIMIT: Duration = Duration::from_secs(10);
@@ -290,6 +292,58 @@ fn only_the_engine_makes_events_and_they_end() {
     for _ in 0..20 {
         assert_eq!(bed.settle(), after, "nor are ours");
     }
+}
+
+/// The daemon's part: it is told of the container, killed, and started again.
+#[test]
+fn the_daemon_keeps_both_alike_over_its_own_death() {
+    let bed = Bed::unwatched();
+    fs::create_dir(bed.path("etc")).unwrap();
+    let start = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sysbox-mgr"));
+        for (flag, name) in
+            [("--data-root", "data"), ("--run-dir", "run"), ("--subid-files", "etc"), ("--log", "log")]
+        {
+            command.arg(flag).arg(bed.path(name));
+        }
+        command.args(["--subid-range", "2684354560:65536"]).spawn().unwrap()
+    };
+    let ask = |request: Request| {
+        let socket = bed.path("run").join(sysbox_ipc::mgr::SOCKET);
+        eventually("the daemon listens", || Connection::connect(&socket).is_ok());
+        let connection = Connection::connect(&socket).unwrap();
+        let hello: Reply = connection.call(&Request::Hello(Hello::from_program("test")), &[]).unwrap().0;
+        assert!(matches!(hello, Reply::Hello(_)));
+        connection.call::<_, Reply>(&request, &[]).unwrap().0
+    };
+    let mut daemon = start();
+    let register = Register {
+        key: bed.key.clone(),
+        bundle: bed.path("bundle"),
+        runtime: identify(i32::try_from(std::process::id()).unwrap()).unwrap(),
+        rootfs: Rootfs::Overlay { merged: bed.path("id/merged"), upper: bed.path("id/diff") },
+        id_map: None,
+        netns: None,
+        claims: vec![],
+    };
+    assert!(matches!(ask(Request::Register(Box::new(register))), Reply::Granted(_)));
+    let init = identify(i32::try_from(bed.init.id()).unwrap()).unwrap();
+    assert_eq!(ask(Request::Started { key: bed.key.clone(), init }), Reply::Done);
+    let _pins = ["etc/deep", "opt/1", "opt/2"].map(|name| bed.pin(name));
+    bed.engine_copies_in("etc/deep/new", "of the engine");
+    eventually("seen", || bed.seen_inside("etc/deep/new") == "of the engine");
+
+    daemon.kill().unwrap();
+    daemon.wait().unwrap();
+    bed.engine_copies_in("opt/1/new", "of the engine");
+    assert_ne!(bed.seen_inside("opt/1/new"), "of the engine");
+    let mut daemon = start();
+    eventually("seen after the start", || bed.seen_inside("opt/1/new") == "of the engine");
+    bed.container_writes("opt/1/mine", "").unwrap();
+    bed.engine_copies_in("opt/2/new", "of the engine");
+    eventually("and from then on", || bed.seen_inside("opt/2/new") == "of the engine");
+    daemon.kill().unwrap();
+    daemon.wait().unwrap();
 }
 
 #[test]
