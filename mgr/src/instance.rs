@@ -20,6 +20,8 @@ pub enum InstanceError {
     Foreign { path: PathBuf, owner: u32 },
     #[error("lock {}: another sysbox-mgr runs here (pid {holder})\nhint: stop it first, or give this one its own `--run-dir` and `--data-root`", path.display())]
     Taken { path: PathBuf, holder: String },
+    #[error("lock {}: another sysbox-mgr gives out the ids of this file\nhint: stop it first; containers of two managers would share ids", path.display())]
+    SameIds { path: PathBuf },
 }
 
 /// Held for the life of the daemon; the kernel lets go when it dies.
@@ -43,6 +45,20 @@ impl Instance {
         make(&run_dir.join("stage"), 0o711)?;
         Ok(Self { _run_dir: run_lock, _data_root: data_lock })
     }
+}
+
+/// Holds the file that says which ids are given out: two managers with one range would each give them out. (Whoever edits the
+/// file replaces it, and the lock stays with the old one: this is against mistakes, not for certain.)
+///
+/// # Errors
+/// Another manager that has the file.
+pub fn hold_ids(subuid: &Path) -> Result<Flock<File>, InstanceError> {
+    let failed = |what, cause| InstanceError::Directory { what, path: subuid.to_owned(), cause };
+    let file = File::open(subuid).map_err(|cause| failed("open", cause))?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
+        nix::errno::Errno::EWOULDBLOCK => InstanceError::SameIds { path: subuid.to_owned() },
+        errno => failed("lock", errno.into()),
+    })
 }
 
 fn make(path: &Path, mode: u32) -> Result<(), InstanceError> {
@@ -94,7 +110,11 @@ mod tests {
                 matches!(&refused, InstanceError::Taken { holder, .. } if *holder == std::process::id().to_string())
             );
         }
-        drop(held);
+        let subuid = path("subuid");
+        std::fs::write(&subuid, "").unwrap();
+        let ids = hold_ids(&subuid).unwrap();
+        assert!(matches!(hold_ids(&subuid), Err(InstanceError::SameIds { .. })));
+        drop((held, ids));
         Instance::take(&path("run"), &path("data")).unwrap();
     }
 }

@@ -131,6 +131,7 @@ fn serve(arguments: &Arguments, log: &Target) -> anyhow::Result<()> {
     );
     let _instance = instance::Instance::take(run_dir, data_root)?;
     let pool = subid::ensure(&arguments.subid_files, arguments.subid_range)?;
+    let _ids = instance::hold_ids(&arguments.subid_files.join("subuid"))?;
     info!(start = pool.start, count = pool.count, containers = pool.count / 65536, "ids of user `sysbox`");
     let facts = facts::ask(data_root);
 
