@@ -21,6 +21,7 @@ use sysbox_sys::mount::{self as m, Depth, FsContext};
 use sysbox_sys::path::{Kind, make_in_root, open_in_root, proc_path};
 use sysbox_sys::{SysError, creds, userns};
 
+use crate::preload;
 use crate::plan::{Attributes, Bind, Extent, Node, Place, Plan, Shift, Stage, Target, TargetKind};
 use crate::survey::{Ground, Overlay, Survey};
 
@@ -359,23 +360,21 @@ impl Base<'_> {
     fn layer_root(&self, staged: &mut Staged, overlay: &Overlay, path: &Path) -> Result<OwnedFd> {
         let shown = || format!("data root {}", path.display());
         let point = self.make_target(staged, &Target { path: path.to_owned(), kind: TargetKind::Directory })?;
-        let inside = path.strip_prefix("/").unwrap_or(path);
-        let upper_root = File::open(&overlay.upper).named(|| "open(upper)".to_owned()).attempt(shown)?;
-        let no_links = nix::fcntl::OpenHow::new()
-            .flags(OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC)
-            .resolve(nix::fcntl::ResolveFlag::RESOLVE_BENEATH | nix::fcntl::ResolveFlag::RESOLVE_NO_SYMLINKS);
-        let open = || nix::fcntl::openat2(&upper_root, inside, no_links);
-        let on_disk = match open() {
-            Err(Errno::ENOENT) => {
-                // Only in a lower layer: setting the mode it has copies the directory up.
+        let open = || preload::open_in_layer(&overlay.upper, path, OFlag::O_PATH);
+        let on_disk = match open().attempt(shown)? {
+            Some(on_disk) => on_disk,
+            None => {
+                // Only in lower layers: setting the mode it has copies the directory up.
                 let readable = open_in_root(point.as_fd(), Path::new("/"), OFlag::O_RDONLY | OFlag::O_DIRECTORY);
                 let readable = readable.attempt(shown)?;
                 let mode = Mode::from_bits_truncate(fstat(&readable).attempt(shown)?.st_mode & 0o7777);
                 let (uid, gid) = self.disk_ids();
                 creds::with_fs_ids(uid, gid, || nix::sys::stat::fchmod(&readable, mode)).attempt(shown)?.attempt(shown)?;
-                open().attempt(shown)?
+                let missing = || SysError::new(Errno::ENOENT, "the copied-up directory");
+                let on_disk = open().and_then(|found| found.ok_or_else(missing)).attempt(shown)?;
+                preload::copy(&overlay.lowers, path, on_disk.as_fd()).attempt(shown)?;
+                on_disk
             }
-            other => other.attempt(shown)?,
         };
         let clone = m::clone_fd(on_disk.as_fd(), Depth::One).attempt(shown)?;
         if self.plan.root.shift != Shift::Never {

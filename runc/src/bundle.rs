@@ -116,11 +116,7 @@ fn check(spec: &Spec) -> Result<(), BundleError> {
     }
     let has = |typ: LinuxNamespaceType| namespaces.iter().any(|namespace| namespace.typ() == typ);
     if !has(LinuxNamespaceType::Network) {
-        return Err(invalid(
-            "/linux/namespaces",
-            "sysbox containers can't share a network namespace with the host \
-             (because they use the linux user-namespace for isolation)",
-        ));
+        return Err(invalid("/linux/namespaces", HOST_NETWORK));
     }
     let shared: Vec<&str> = [
         (LinuxNamespaceType::Pid, "pid"),
@@ -145,6 +141,10 @@ fn check(spec: &Spec) -> Result<(), BundleError> {
     }
     Ok(())
 }
+
+/// The namespace may also come by path, which only a look at it tells.
+pub const HOST_NETWORK: &str = "sysbox containers can't share a network namespace with the host \
+    (because they use the linux user-namespace for isolation)";
 
 fn check_process(process: &Process) -> Result<(), BundleError> {
     if process.args().as_ref().is_none_or(Vec::is_empty) {

@@ -14,6 +14,7 @@ mod limits;
 mod log;
 mod overlay;
 mod plan;
+mod preload;
 mod sink;
 mod state;
 mod survey;

@@ -24,6 +24,7 @@ trap finish EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
+[ -n "${SKIP_INSTALL:-}" ] || "$BED_DIR/packages.sh" build test
 "$BED_DIR/up.sh" 7>&-
 # Of a run that failed; this one starts with none.
 leftover=$(bed_docker ps -aq)

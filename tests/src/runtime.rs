@@ -16,6 +16,7 @@ pub struct Machine {
     dir: tempfile::TempDir,
     mgr: Option<Child>,
     fs: Option<Child>,
+    range: String,
 }
 
 /// Which of the 64 id places of the test beds a machine takes: tests run side by side, in this process and in others.
@@ -73,7 +74,10 @@ impl Machine {
         // Inits in their user namespaces look mount sources up below this.
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o711)).expect("chmod of our own directory");
         fs::create_dir(dir.path().join("etc")).expect("mkdir in our own directory");
-        let mut machine = Self { dir, mgr: None, fs: None };
+        // Below the ids of test beds and of the user's containers; another process's tests take other places.
+        let place = (std::process::id().wrapping_mul(7) + NEXT.fetch_add(1, Ordering::Relaxed)) % 1024;
+        let range = format!("{}:1048576", 536_870_912 + place * 1_048_576);
+        let mut machine = Self { dir, mgr: None, fs: None, range };
         machine.start_mgr();
         machine.start_fs();
         machine
@@ -84,11 +88,8 @@ impl Machine {
     }
 
     pub fn start_mgr(&mut self) {
-        // Below the ids of test beds and of the user's containers; another process's tests take other places.
-        let place = (std::process::id().wrapping_mul(7) + NEXT.fetch_add(1, Ordering::Relaxed)) % 1024;
-        let range = format!("{}:1048576", 536_870_912 + place * 1_048_576);
         let child = Command::new(programs().join("sysbox-mgr"))
-            .args(["--subid-range", &range, "--log-level", "debug"])
+            .args(["--subid-range", &self.range, "--log-level", "debug"])
             .arg("--subid-files")
             .arg(self.path("etc"))
             .arg("--data-root")
@@ -122,6 +123,16 @@ impl Machine {
     fn wait_socket(&self, name: &str) {
         let socket = self.path("run").join(name);
         eventually(&format!("{name} answers"), || sysbox_sys::socket::Connection::connect(&socket).is_ok());
+    }
+
+    /// Whether the manager keeps the descriptor of the FUSE connection: until it does, the death of sysbox-fs is final.
+    pub fn keeps_fuse(&self) -> bool {
+        use sysbox_ipc::mgr::{Reply, Request};
+        let Ok(mgr) = sysbox_sys::socket::Connection::connect(&self.path("run/mgr.sock")) else { return false };
+        let hello = Request::Hello(sysbox_ipc::Hello::from_program("sysbox-fs"));
+        let name = format!("fuse:{}", self.path("fs").display());
+        mgr.call::<_, Reply>(&hello, &[]).is_ok()
+            && matches!(mgr.call(&Request::VaultGet { name }, &[]), Ok((Reply::Descriptor, _)))
     }
 
     /// Ends a daemon at once.

@@ -2,9 +2,10 @@
 //! what is done is noted in an [`Undo`] and taken back if a later step fails.
 
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::rc::Rc;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use nix::sched::{CloneFlags, setns};
 use nix::unistd::Pid;
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
@@ -181,10 +182,14 @@ fn register(
     survey: &Survey,
     id_map: Option<sysbox_ipc::IdMap>,
 ) -> Result<Register> {
-    let netns = plan::netns_path(&bundle.spec).map(|path| {
+    let look = |path: &Path| {
         let facts = std::fs::metadata(path).with_context(|| format!("network namespace {}", path.display()))?;
         anyhow::Ok(FileId { dev: facts.dev(), ino: facts.ino() })
-    });
+    };
+    let netns = plan::netns_path(&bundle.spec).map(look).transpose()?;
+    if netns.is_some() && netns == Some(look(Path::new("/proc/self/ns/net"))?) {
+        bail!("/linux/namespaces: {}", bundle::HOST_NETWORK);
+    }
     Ok(Register {
         key: home.key.clone(),
         bundle: bundle.dir.clone(),
@@ -194,7 +199,7 @@ fn register(
             Ground::Directory => Rootfs::Directory { path: bundle.rootfs.clone() },
         },
         id_map,
-        netns: netns.transpose()?,
+        netns,
         claims: plan::claims(bundle, survey),
     })
 }
