@@ -1,4 +1,5 @@
 //! What the end-to-end tests and benches share: the door to a bed's engine. Refuses to know what is tested with it.
 
-pub mod runtime;
 pub mod engine;
+pub mod measure;
+pub mod runtime;
