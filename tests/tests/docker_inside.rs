@@ -259,7 +259,7 @@ fn docker_cp_reaches_a_running_container() {
             "{place}"
         );
         // The container's own writes never fail for it.
-        container.sh(&format!("echo made >{made} && echo more >>{sent} && mkdir {0}/dir && mv {made} {0}/dir/ && mv {0}/dir/made {0}/ && rmdir {0}/dir", place));
+        container.sh(&format!("echo made >{made} && echo more >>{sent} && mkdir {0}/own-dir && mv {made} {0}/own-dir/ && mv {0}/own-dir/made {0}/ && rmdir {0}/own-dir", place));
         assert_eq!(copy_out(&made), Ok("made\n".to_owned()), "{made}");
         assert_eq!(copy_out(&sent), Ok("sentmore\n".to_owned()), "{sent}");
         copy_in("second", &sent);

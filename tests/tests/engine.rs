@@ -722,14 +722,17 @@ fn containers_that_share_a_network_share_the_user_namespace() {
 }
 
 #[test]
-fn the_hosts_network_can_be_given() {
-    let container = Container::waiting(BUSYBOX, &["--network", "host"]);
-    let net = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/net")).unwrap();
-    assert_eq!(net(&container.host_pid().to_string()), net("self"));
-    assert_eq!(container.sh("ls /sys/class/net | sort"), names_in(Path::new("/sys/class/net")).join("\n"));
-    // It is the host's: not the container's to change.
-    let refused = container.try_sh("ip addr add 10.99.99.2/32 dev lo").refused();
-    assert!(refused.contains("Operation not permitted"), "{refused}");
+fn namespaces_of_the_host_are_refused() {
+    for (option, text) in [
+        ("--network=host", "can't share a network namespace with the host"),
+        ("--pid=host", "can't share namespaces {pid} with the host"),
+        ("--ipc=host", "can't share namespaces {ipc} with the host"),
+        ("--uts=host", "can't share namespaces {uts} with the host"),
+    ] {
+        let said = Container::run(&[option], BUSYBOX, &["true"]);
+        assert_eq!(said.code, 125, "{said:?}");
+        assert!(said.err.contains(text), "{said:?}");
+    }
 }
 
 #[test]
