@@ -1,3 +1,5 @@
+//! Plans as data: what a spec becomes, what is locked, what is refused.
+
 use super::*;
 use crate::survey::{Ground, Overlay, Source};
 use proptest::prelude::*;
