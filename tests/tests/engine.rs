@@ -477,23 +477,48 @@ fn cgroups_made_inside_go_with_the_container() {
 
 // ---- what it cannot undo ----
 
-/// Every way that a root with all capabilities has to make a mount at `path` writable.
+/// Every way that a root with all capabilities has to make a mount at `path` writable and to write there.
 fn ways_to_write(path: &str) -> Vec<String> {
-    let plain = "mount -o remount,rw PATH; mount -o remount,bind,rw PATH; touch PATH/new";
-    let copied = "mkdir -p /copy; mount --bind PATH /copy; mount -o remount,bind,rw /copy; mount -o remount,rw /copy; touch /copy/new";
-    let recursive =
-        "mkdir -p /copy2; mount --rbind PATH /copy2; mount -o remount,bind,rw /copy2; touch /copy2/new";
-    let moved = "mkdir -p /moved; mount --make-rprivate /; mount --move PATH /moved; mount -o remount,bind,rw /moved; touch /moved/new";
-    let elsewhere = format!("unshare -m sh -c '{plain}; {copied}'");
-    let nested = format!("unshare -Urm sh -c '{plain}; {copied}'");
-    let rooted = "mkdir -p /jail; mount --rbind / /jail; chroot /jail sh -c 'mount -o remount,bind,rw PATH; touch PATH/new'";
-    // mount_setattr(2) of the attribute read-only, which the library has no name for: by number, recursively.
-    let by_attribute = "perl -e 'my $a = pack(\"Q4\", 0, 1, 0, 0); syscall(442, -100, \"PATH\", 0x8000, $a, 32); open(F, \">PATH/new\")'";
-    let fresh = "perl -e 'my $t = syscall(428, -100, \"PATH\", 1); my $a = pack(\"Q4\", 0, 1, 0, 0); \
-                 syscall(442, $t, \"\", 0x9000, $a, 32); open(F, \">/proc/self/fd/$t/new\")'";
-    [plain, copied, recursive, &elsewhere, &nested, rooted, by_attribute, fresh, moved]
-        .map(|way| way.replace("PATH", path))
-        .into()
+    // mount_setattr(2) and open_tree(2) by number; perl wants variables for what it hands by address.
+    let by_attribute = "perl -e 'my ($p, $a) = (\"PATH\", pack(\"Q4\", 0, 1, 0, 0)); \
+        syscall(442, -100, $p, 0x8000, $a, 32); open(F, \">PATH/new\")'";
+    let detached = "perl -e 'my ($p, $e, $a) = (\"PATH\", \"\", pack(\"Q4\", 0, 1, 0, 0)); \
+        $t = syscall(428, -100, $p, 1); syscall(442, $t, $e, 0x9000, $a, 32); open(F, \">/proc/self/fd/$t/new\")'";
+    let ways = [
+        "mount -o remount,rw PATH; touch PATH/new",
+        "mount -o remount,bind,rw PATH; touch PATH/new",
+        "mkdir -p /tmp/copy; mount --bind PATH /tmp/copy; mount -o remount,bind,rw /tmp/copy; touch /tmp/copy/new",
+        "mkdir -p /tmp/copy2; mount --rbind PATH /tmp/copy2; mount -o remount,bind,rw /tmp/copy2; touch /tmp/copy2/new",
+        "unshare -m sh -c 'mount -o remount,bind,rw PATH; touch PATH/new'",
+        "mkdir -p /tmp/jail; mount --rbind / /tmp/jail; chroot /tmp/jail sh -c 'mount -o remount,bind,rw PATH; touch PATH/new'",
+        by_attribute,
+        detached,
+        "mkdir -p /tmp/moved; mount --make-rprivate /; mount --move PATH /tmp/moved; mount -o remount,bind,rw /tmp/moved; touch /tmp/moved/new",
+    ];
+    ways.map(|way| way.replace("PATH", path)).into()
+}
+
+/// A user namespace of its own gives no more; it would not where nothing is locked either.
+fn nested(way: &str) -> String {
+    format!("unshare -Urm sh -c {}", quoted(way))
+}
+
+fn quoted(text: &str) -> String {
+    format!("'{}'", text.replace('\'', "'\\''"))
+}
+
+#[test]
+fn the_ways_to_write_are_ways_where_nothing_is_locked() {
+    // What the tests below would miss if a way had a mistake: with plain runc, each of them leads to the host's disk.
+    let all = ["--runtime", "runc", "--cap-add", "SYS_ADMIN", "--cap-add", "SYS_CHROOT"];
+    let unconfined = ["--security-opt", "seccomp=unconfined", "--security-opt", "apparmor=unconfined"];
+    for at in 0..ways_to_write("/x").len() {
+        let dir = host_dir();
+        let bind = format!("{}:/x:ro", dir.path().display());
+        let container = Container::waiting(DEBIAN, &[all.as_slice(), &unconfined, &["-v", &bind]].concat());
+        let said = container.try_sh(&ways_to_write("/x")[at]);
+        assert_eq!(names_in(dir.path()), ["new"], "{said:#?}");
+    }
 }
 
 #[test]
@@ -502,13 +527,13 @@ fn a_read_only_bind_cannot_be_made_writable() {
     fs::write(dir.path().join("old"), "of the host").unwrap();
     let container = Container::waiting(DEBIAN, &["-v", &format!("{}:/x:ro", dir.path().display())]);
     assert_eq!(container.sh("cat /x/old"), "of the host");
-    for way in ways_to_write("/x") {
+    for way in ways_to_write("/x").into_iter().flat_map(|way| [nested(&way), way]) {
         let said = container.try_sh(&way);
         assert_eq!(names_in(dir.path()), ["old"], "{said:#?}");
     }
-    let refused = container.try_sh("mount -o remount,bind,rw /moved").refused();
+    let refused = container.try_sh("mount -o remount,bind,rw /tmp/moved").refused();
     assert!(refused.contains("permission denied"), "{refused}");
-    let refused = container.try_sh("echo x >>/moved/old").refused();
+    let refused = container.try_sh("echo x >>/tmp/moved/old").refused();
     assert!(refused.contains("Read-only file system"), "{refused}");
     assert_eq!(fs::read_to_string(dir.path().join("old")).unwrap(), "of the host");
 }
@@ -534,7 +559,7 @@ fn a_read_only_bind_below_a_writable_one_does_not_come_off() {
         assert_eq!(container.try_sh("touch /a/b/new").code, 1, "after {way}");
         assert_eq!(names_in(&b), NO_NAMES, "after {way}");
     }
-    for way in ways_to_write("/a/b") {
+    for way in ways_to_write("/a/b").into_iter().flat_map(|way| [nested(&way), way]) {
         let said = container.try_sh(&way);
         assert_eq!(names_in(&b), NO_NAMES, "{said:#?}");
     }
@@ -549,12 +574,7 @@ fn a_read_only_rootfs_cannot_be_made_writable() {
     let container = Container::waiting(DEBIAN, &["--read-only", "--tmpfs", "/tmp"]);
     let refused = container.try_sh("touch /new").refused();
     assert!(refused.contains("Read-only file system"), "{refused}");
-    let at_home = |way: String| {
-        way.replace("mkdir -p /", "mkdir -p /tmp/")
-            .replace(" /copy", " /tmp/copy")
-            .replace(" /jail", " /tmp/jail")
-    };
-    for way in ways_to_write("/").into_iter().map(at_home) {
+    for way in ways_to_write("/").into_iter().flat_map(|way| [nested(&way), way]) {
         let said = container.try_sh(&way);
         assert_eq!(container.try_sh("ls /new").code, 2, "{said:#?}");
     }
