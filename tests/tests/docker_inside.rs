@@ -89,12 +89,41 @@ fn an_inner_engine_runs_builds_and_serves() {
         Some("65536")
     );
     inner(&outer, &["exec", "web", "mount", "-t", "tmpfs", "x", "/tmp"]).refused();
-    inner(&outer, &["rm", "-f", "web"]).ok();
 
     let script = "mount -t tmpfs x /mnt && echo x >/mnt/x && cat /mnt/x; ip link add b7 type bridge && ls -d /sys/class/net/b7";
     let script = format!("mkdir /mnt; {script}");
     let said = inner(&outer, &["run", "--rm", "--privileged", "busybox", "sh", "-c", &script]);
     assert_eq!(said.ok(), "x\n/sys/class/net/b7");
+
+    // With an inner container still running, there is nothing left of it either.
+    assert_eq!(inner(&outer, &["ps", "--format", "{{.Names}}"]).ok(), "web");
+    let (id, upper) = (outer.id(), outer.upper());
+    outer.docker(&["rm", "-fv"]).ok();
+    until("the record to go", || record_of(&id).is_none().then_some(()));
+    assert_eq!(remains_of(&id, &upper), Vec::<String>::new());
+}
+
+#[test]
+fn a_machine_boots_with_systemd_and_docker() {
+    let container = Container::start(&["--stop-signal", "SIGRTMIN+3"], DEBIAN, &[]);
+    let state = || container.try_sh("systemctl is-system-running").out;
+    let ended = |state: &String| ["running\n", "degraded\n"].contains(&state.as_str());
+    let state = until("systemd to be done with its start", || Some(state()).filter(ended));
+    assert_eq!(state, "running\n", "{}", container.sh("systemctl --failed --no-legend"));
+    assert_eq!(
+        container.sh("cat /proc/1/comm; systemctl is-active docker containerd dbus"),
+        "systemd\nactive\nactive\nactive"
+    );
+    // A later process is where systemd went, which is a cgroup that it made.
+    assert_eq!(container.sh("cat /proc/self/cgroup"), container.sh("cat /proc/1/cgroup"));
+    assert_eq!(inner(&container, &["info", "-f", "{{.Driver}}"]).ok(), "overlay2");
+    container.docker(&["stop"]).ok();
+    // By itself (systemd's code for a halt), not killed after ten seconds.
+    assert_eq!(container.inspect("{{.State.ExitCode}}"), "130");
+    container.docker(&["start"]).ok();
+    until("systemd to be up again", || {
+        (container.try_sh("systemctl is-system-running").out == "running\n").then_some(())
+    });
 }
 
 #[test]
