@@ -5,8 +5,9 @@
 use std::ffi::{OsStr, OsString};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc;
@@ -88,18 +89,14 @@ impl Said {
 /// Runs a program to its end.
 #[track_caller]
 pub fn run(command: &mut Command) -> Said {
-    let shown = shown(command);
-    let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
-    finish(child.unwrap_or_else(|error| panic!("{shown}: {error}")), shown)
+    try_run(command).unwrap_or_else(|why| panic!("{why}"))
 }
 
-fn shown(command: &Command) -> String {
+fn try_run(command: &mut Command) -> Result<Said, String> {
     let words = std::iter::once(command.get_program()).chain(command.get_args());
-    words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
-}
-
-#[track_caller]
-fn finish(mut child: Child, command: String) -> Said {
+    let shown = words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ");
+    let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+    let mut child = child.map_err(|error| format!("{shown}: {error}"))?;
     let (sender, receiver) = mpsc::channel();
     let (mut stdout, mut stderr) = (child.stdout.take().expect("piped"), child.stderr.take().expect("piped"));
     let out = std::thread::spawn(move || {
@@ -108,21 +105,22 @@ fn finish(mut child: Child, command: String) -> Said {
     });
     std::thread::spawn(move || {
         let mut bytes = Vec::new();
-        let read = stderr.read_to_end(&mut bytes).map(|_| bytes);
+        let err = stderr.read_to_end(&mut bytes).map(|_| bytes);
         let out = out.join().expect("reading does not panic");
-        // The test has given up on a channel that is closed.
-        let _given_up = sender.send((out, read));
+        // A closed channel: nobody waits any more.
+        let _late = sender.send((out, err));
     });
     let Ok((out, err)) = receiver.recv_timeout(DEADLINE) else {
-        child.kill().expect("our own child");
-        panic!("{command}: did not end within {} s", DEADLINE.as_secs());
+        // Ended in this moment is as good.
+        let _ended = child.kill();
+        return Err(format!("{shown}: did not end within {} s", DEADLINE.as_secs()));
     };
-    let status = child.wait().unwrap_or_else(|error| panic!("{command}: {error}"));
+    let status = child.wait().map_err(|error| format!("{shown}: {error}"))?;
     let text = |bytes: std::io::Result<Vec<u8>>| {
         String::from_utf8_lossy(&bytes.expect("a pipe can be read")).into_owned()
     };
-    let signal = std::os::unix::process::ExitStatusExt::signal(&status).unwrap_or_default();
-    Said { command, code: status.code().unwrap_or(128 + signal), out: text(out), err: text(err) }
+    let signal = status.signal().unwrap_or_default();
+    Ok(Said { command: shown, code: status.code().unwrap_or(128 + signal), out: text(out), err: text(err) })
 }
 
 /// The `docker` of the bed, not yet run.
@@ -222,6 +220,7 @@ impl Container {
 
     /// The arguments for a `docker` that is to make a container, and the container that it will make.
     pub fn prepare(verb: &[&str], options: &[&str], image: &str, command: &[&str]) -> (Self, Vec<OsString>) {
+        bed(); // without one there is nothing to remove later
         let name = unique("c");
         // A waiting init ignores SIGTERM; nobody wants to wait ten seconds for it.
         let ours = ["--runtime", RUNTIME, "--stop-signal", "KILL", "--name", &name];
@@ -301,12 +300,19 @@ impl Container {
 
 impl Drop for Container {
     fn drop(&mut self) {
-        let gone = docker(["rm", "-fv", &self.name]);
-        // A test that fails already must not be hidden behind this; one that does not must not leave things behind.
-        if gone.code != 0 && !gone.err.contains("No such container") && !std::thread::panicking() {
-            panic!("{gone:#?}");
-        }
+        remove(&["rm", "-fv", &self.name], "No such container");
     }
+}
+
+/// Removes something of ours; `gone` is what docker says if it is gone already. A test that fails for another reason is
+/// not to be hidden behind this; one that does not fail must leave nothing behind.
+fn remove(args: &[&str], gone: &str) {
+    let why = match try_run(&mut docker_command(args)) {
+        Ok(said) if said.code == 0 || said.err.contains(gone) => return,
+        Ok(said) => format!("{said:#?}"),
+        Err(why) => why,
+    };
+    if std::thread::panicking() { eprintln!("{why}") } else { panic!("{why}") }
 }
 
 /// A named volume of ours, removed when this is dropped (containers that use it have to go before).
@@ -338,10 +344,7 @@ impl Default for Volume {
 
 impl Drop for Volume {
     fn drop(&mut self) {
-        let gone = docker(["volume", "rm", "-f", &self.name]);
-        if gone.code != 0 && !std::thread::panicking() {
-            panic!("{gone:#?}");
-        }
+        remove(&["volume", "rm", "-f", &self.name], "no such volume");
     }
 }
 
