@@ -20,7 +20,7 @@ use sysbox_tests::measure::{self, until};
 use tempfile::TempDir;
 
 /// Longer than any single command takes, on a machine that others use too.
-pub const LIMIT: Duration = Duration::from_secs(120);
+pub const LIMIT: Duration = Duration::from_secs(60);
 
 const LABEL: &str = "sysbox.bench";
 
@@ -86,13 +86,7 @@ impl Lab {
                 format!("{name} is not set: needs a bed\nhint: make bench, or see tests/bed/bench.sh")
             })
         };
-        let made = |prefix: &str, parent: &str| -> Result<TempDir> {
-            let dir = tempfile::Builder::new().prefix(prefix).tempdir_in(parent)?;
-            // The container's root has to pass.
-            std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o711))?;
-            Ok(dir)
-        };
-        let scratch = made("sysbox-bench-", "/var/tmp").context("a directory below /var/tmp")?;
+        let scratch = directory("/var/tmp")?;
         let docker = Docker { host: need("DOCKER_HOST")?, config: scratch.path().join("cli") };
         let lab = Self {
             bed: need("SYSBOX_BED")?,
@@ -101,7 +95,7 @@ impl Lab {
             run_dir: need("SYSBOX_RUN_DIR")?.into(),
             program: need("SYSBOX_RUNC")?.into(),
             scratch,
-            states: made("sysbox-bench-", "/run").context("a directory below /run")?,
+            states: directory("/run")?,
             shared: RefCell::default(),
         };
         lab.sweep().context("take away what an earlier bench left behind")?;
@@ -162,11 +156,11 @@ impl Lab {
         Ok(path)
     }
 
-    /// A bundle with busybox as its root directory, and the command line that runs it, without an id.
+    /// A bundle with busybox as its root directory that runs true.
     ///
     /// # Errors
     /// The image, or the runtime's `spec`.
-    pub fn bundle(&self, runtime: Runtime) -> Result<Vec<String>> {
+    pub fn bundle(&self, runtime: Runtime) -> Result<Bundle> {
         let rootfs = self.scratch.path().join("rootfs");
         if !rootfs.exists() {
             let tar = self.scratch.path().join("rootfs.tar");
@@ -200,14 +194,58 @@ impl Lab {
         if runtime == Runtime::Ours {
             line.extend(["--run-dir".to_owned(), self.run_dir.display().to_string()]);
         }
-        line.extend([
-            "--root".to_owned(),
-            self.states.path().join(name).display().to_string(),
-            "run".to_owned(),
-        ]);
-        line.extend(["--bundle".to_owned(), bundle.display().to_string()]);
-        Ok(line)
+        line.extend(["--root".to_owned(), self.states.path().join(name).display().to_string()]);
+        Ok(Bundle { line, path: bundle })
     }
+}
+
+/// For a runtime without an engine.
+#[derive(Debug)]
+pub struct Bundle {
+    /// The runtime's program and its global flags.
+    line: Vec<String>,
+    path: PathBuf,
+}
+
+impl Bundle {
+    /// `run` of a container with this id, to its end.
+    ///
+    /// # Errors
+    /// It failing; then nothing of it stays.
+    pub fn time(&self, id: &str) -> Result<f64> {
+        let taken = measure::time(self.command("run").arg("--bundle").arg(&self.path).arg(id), LIMIT);
+        if taken.is_err() {
+            // The failure that matters is the first; this one fails as well if nothing was made.
+            let _gone = measure::run(self.command("delete").args(["--force", id]), LIMIT);
+        }
+        taken
+    }
+
+    fn command(&self, verb: &str) -> Command {
+        let mut command = Command::new(&self.line[0]);
+        command.args(&self.line[1..]).arg(verb);
+        command
+    }
+}
+
+/// A directory of this process. What earlier ones left there, when they were killed, goes.
+fn directory(parent: &str) -> Result<TempDir> {
+    const PREFIX: &str = "sysbox-bench-";
+    for entry in std::fs::read_dir(parent).with_context(|| format!("read {parent}"))? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let owner = name.strip_prefix(PREFIX).and_then(|rest| rest.split('-').next());
+        let owner = owner.and_then(|pid| pid.parse().ok());
+        if owner.is_some_and(|pid| sysbox_sys::process::identify(pid).is_err()) {
+            std::fs::remove_dir_all(&path).with_context(|| format!("remove {}", path.display()))?;
+        }
+    }
+    let prefix = format!("{PREFIX}{}-", std::process::id());
+    let made = tempfile::Builder::new().prefix(&prefix).tempdir_in(parent);
+    let dir = made.with_context(|| format!("a directory below {parent}"))?;
+    // The container's root has to pass.
+    std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o711))?;
+    Ok(dir)
 }
 
 /// Names of all capabilities, in the kernel's order (linux/capability.h).
@@ -230,22 +268,27 @@ fn capabilities() -> Result<(Vec<String>, Vec<String>)> {
     Ok((names(has), names(lacks)))
 }
 
-/// The options of `docker run` that choose the runtime: ours as it is; theirs with all that root has on this machine.
+/// The options of `docker run` that choose the runtime, and nothing else: the engine's default profile holds for both.
+pub fn confined(runtime: Runtime) -> Vec<String> {
+    let name = match runtime {
+        Runtime::Ours => RUNTIME,
+        Runtime::Theirs => "runc",
+    };
+    ["--runtime", name, "--label", LABEL].map(str::to_owned).to_vec()
+}
+
+/// Ours as it is; theirs with all that root has on this machine, and no filter.
 ///
 /// # Errors
 /// /proc not being there.
 pub fn options(runtime: Runtime) -> Result<Vec<String>> {
-    let fixed: &[&str] = match runtime {
-        Runtime::Ours => &["--runtime", RUNTIME],
-        Runtime::Theirs => &["--runtime", "runc", "--security-opt", "seccomp=unconfined", "--cap-add", "ALL"],
-    };
-    let mut options: Vec<String> = fixed.iter().map(|&word| word.to_owned()).collect();
+    let mut options = confined(runtime);
     if runtime == Runtime::Theirs {
+        options.extend(["--security-opt", "seccomp=unconfined", "--cap-add", "ALL"].map(str::to_owned));
         for lacking in capabilities()?.1 {
             options.extend(["--cap-drop".to_owned(), lacking]);
         }
     }
-    options.extend(["--label".to_owned(), LABEL.to_owned()]);
     Ok(options)
 }
 

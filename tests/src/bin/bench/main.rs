@@ -176,7 +176,10 @@ fn take(lab: &Lab, row: &Row, quick: bool) -> Outcome {
             Ok((samples, judgement))
         }
         Ok(Err(why)) => Err(Trouble::Skipped(why)),
-        Err(error) => Err(Trouble::Failed(format!("{error:#}"))),
+        // A line of the table, however much a program had to say.
+        Err(error) => {
+            Err(Trouble::Failed(format!("{error:#}").split_whitespace().collect::<Vec<_>>().join(" ")))
+        }
     };
     Outcome { name: row.name, label: row.label.to_owned(), unit: row.unit, target: row.target, result }
 }

@@ -10,7 +10,7 @@ use sysbox_tests::engine::{BUSYBOX, DEBIAN};
 use sysbox_tests::measure::{self, Side, until};
 
 use crate::Pair;
-use crate::lab::{Docker, LIMIT, Lab, Machine, Runtime, options};
+use crate::lab::{Docker, LIMIT, Lab, Machine, Runtime, confined, options};
 
 /// The same for both runtimes.
 fn both(make: impl Fn(Runtime) -> Result<Side>) -> Result<Pair> {
@@ -19,11 +19,11 @@ fn both(make: impl Fn(Runtime) -> Result<Side>) -> Result<Pair> {
 
 pub fn run(lab: &Lab) -> Result<Pair> {
     both(|runtime| {
-        let line = lab.bundle(runtime)?;
+        let bundle = lab.bundle(runtime)?;
         let mut count = 0;
         Ok(Box::new(move || {
             count += 1;
-            measure::time(Command::new(&line[0]).args(&line[1..]).arg(format!("bench-{count}")), LIMIT)
+            bundle.time(&format!("bench-{count}"))
         }))
     })
 }
@@ -141,8 +141,9 @@ print((time.perf_counter_ns() - start) / 2000 / 1000)";
     })
 }
 
+/// Theirs under the engine's own filter, as ours: it is files that are compared.
 fn reader(lab: &Lab, runtime: Runtime) -> Result<Rc<Machine>> {
-    lab.shared("reader", runtime, || Machine::start(&lab.docker, &options(runtime)?, DEBIAN))
+    lab.shared("reader", runtime, || Machine::start(&lab.docker, &confined(runtime), DEBIAN))
 }
 
 pub fn leaf(lab: &Lab) -> Result<Pair> {
@@ -190,7 +191,7 @@ pub fn leaf_lxcfs(lab: &Lab) -> Result<Pair> {
     };
     let file = dir.join("proc/meminfo");
     until("lxcfs to mount its files", LIMIT, || file.exists().then_some(()))?;
-    let mut with = options(Runtime::Theirs)?;
+    let mut with = confined(Runtime::Theirs);
     with.extend(["--volume".to_owned(), format!("{}:/proc/meminfo:ro", file.display())]);
     let machine = Rc::new(Machine::start(&lab.docker, &with, DEBIAN)?);
     let mut read = reads(machine, "/proc/meminfo");
