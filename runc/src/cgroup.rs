@@ -19,6 +19,9 @@ const DELEGATED: &str = "syscont";
 const LEAF: &str = "init.scope";
 const ROOT: &str = "/sys/fs/cgroup";
 
+/// How long dying processes are waited for.
+const LIMIT: Duration = Duration::from_secs(10);
+
 /// What belongs to the container's root in a delegated cgroup; never a limit file (the kernel's list is in
 /// /sys/kernel/cgroup/delegate).
 const OWNED_V1: &[&str] = &["", "cgroup.procs", "tasks", "cgroup.clone_children"];
@@ -129,6 +132,12 @@ fn v1_name(options: &str) -> String {
     names.collect::<Vec<_>>().join(",")
 }
 
+impl Hierarchy {
+    fn is_foreign_to_libcontainer(&self) -> bool {
+        self.kind == Kind::Hybrid || self.name.starts_with("name=")
+    }
+}
+
 impl Cgroup {
     fn is_unified(&self) -> bool {
         self.hierarchies.iter().any(|h| h.kind == Kind::Unified)
@@ -158,34 +167,36 @@ impl Cgroup {
         let own = Pid::this();
         if let Some(scope) = self.systemd.clone() {
             let manager = self.manager(&scope, id, true)?;
-            manager.add_task(nix029::unistd::Pid::from_raw(own.as_raw())).map_err(|error| CgroupError::Limits(error.to_string()))?;
+            let task = nix029::unistd::Pid::from_raw(own.as_raw());
+            manager.add_task(task).map_err(|error| CgroupError::Limits(error.to_string()))?;
             self.parent = own_unified_path()?;
             apply(&manager, resources)?;
-        } else {
-            for hierarchy in &self.hierarchies {
+        }
+        // First where every process of this create is born, so that whoever takes it away finds them all there.
+        let (anchors, others): (Vec<_>, Vec<_>) =
+            self.hierarchies.iter().partition(|h| h.kind == Kind::Unified || h.is_foreign_to_libcontainer());
+        for hierarchy in anchors {
+            if self.systemd.is_none() {
                 make_path(hierarchy, &self.parent)?;
             }
+            let parent = hierarchy.mount.join(&self.parent);
+            create_dir(&parent.join(DELEGATED))?;
+            join(&parent.join(DELEGATED), own)?;
+            if hierarchy.kind == Kind::Unified {
+                // Only now: with a process of ours in it, a cgroup that hands out controllers would become threaded, and
+                // its child invalid (cgroups(7)). systemd had put us into the scope.
+                enable_controllers(&parent)?;
+            }
+        }
+        for hierarchy in &others {
+            make_path(hierarchy, &self.parent)?;
+        }
+        if self.systemd.is_none() {
+            // Before there are children: version 1 takes no device rules after.
             apply(&self.manager(&Path::new("/").join(&self.parent), id, false)?, resources)?;
         }
-        for hierarchy in &self.hierarchies {
-            let child = hierarchy.mount.join(&self.parent).join(DELEGATED);
-            match hierarchy.kind {
-                Kind::Unified => {
-                    create_dir(&child)?;
-                    if self.systemd.is_some() {
-                        // systemd put this process into the scope. It must leave before controllers are handed out: with
-                        // a process in it the scope would become threaded, and its child invalid (cgroups(7)).
-                        join(&child, own)?;
-                    }
-                    enable_controllers(&hierarchy.mount.join(&self.parent))?;
-                }
-                Kind::Hybrid | Kind::V1 => {
-                    make_path(hierarchy, &self.parent.join(DELEGATED))?;
-                    if hierarchy.kind == Kind::Hybrid || hierarchy.name.starts_with("name=") {
-                        join(&child, own)?;
-                    }
-                }
-            }
+        for hierarchy in &others {
+            make_path(hierarchy, &self.parent.join(DELEGATED))?;
         }
         Ok(())
     }
@@ -221,6 +232,20 @@ impl Cgroup {
         Ok(paths.into_iter().find(|(name, _)| name.is_empty()).map_or_else(|| self.delegated(), |(_, path)| path))
     }
 
+    /// Puts this process where a later process is to be born, in the hierarchies that libcontainer does not know.
+    ///
+    /// # Errors
+    /// Init being gone, or the kernel refusing a move.
+    pub fn enter_for_exec(&self, init: Pid) -> Result<()> {
+        let theirs = paths_of(init)?;
+        for hierarchy in self.hierarchies.iter().filter(|h| h.is_foreign_to_libcontainer()) {
+            if let Some((_, path)) = theirs.iter().find(|(name, _)| *name == hierarchy.name) {
+                join(&hierarchy.mount.join(path.strip_prefix("/").unwrap_or(path)), Pid::this())?;
+            }
+        }
+        Ok(())
+    }
+
     /// Moves a process to where init is now, hierarchy by hierarchy.
     ///
     /// # Errors
@@ -252,20 +277,28 @@ impl Cgroup {
         all
     }
 
-    /// Ends every process in the container's cgroups but this one.
+    /// Ends every process in the container's cgroups, and those that they bear meanwhile. Returns when there is none, or
+    /// after a time in which any process that can be ended has ended.
     pub fn kill_all(&self) {
-        for pid in self.processes() {
-            if pid != Pid::this() {
+        let deadline = Instant::now() + LIMIT;
+        let mut pause = Duration::from_micros(100);
+        loop {
+            let there = self.processes();
+            if there.is_empty() || Instant::now() > deadline {
+                return;
+            }
+            for pid in there {
                 // Gone already is as good.
                 let _gone = kill(pid, Signal::SIGKILL);
             }
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_millis(20));
         }
     }
 
     /// Removes parent, child and whatever the container made below, deepest first. Waits for dying processes.
     /// All hierarchies are tried; returns what failed.
     pub fn remove(&self, id: &str) -> Vec<CgroupError> {
-        const LIMIT: Duration = Duration::from_secs(10);
         let mut failures = Vec::new();
         if self.parent.as_os_str().is_empty() {
             return failures;
@@ -304,37 +337,6 @@ impl Cgroup {
     fn manager(&self, path: &Path, id: &str, systemd: bool) -> Result<AnyCgroupManager> {
         let config = CgroupConfig { cgroup_path: path.to_owned(), systemd_cgroup: systemd, container_name: id.to_owned() };
         create_cgroup_manager(config).map_err(|error| CgroupError::Limits(error.to_string()))
-    }
-}
-
-/// Puts this process back where it was before [`Cgroup::make`], so that it neither counts nor holds anything there.
-#[derive(Debug)]
-pub struct Whence {
-    paths: Vec<(String, PathBuf)>,
-}
-
-impl Whence {
-    /// # Errors
-    /// /proc not being readable.
-    pub fn remember() -> Result<Self> {
-        Ok(Self { paths: paths_of(Pid::this())? })
-    }
-
-    /// Returns what failed.
-    pub fn go_back(&self, cgroup: &Cgroup) -> Vec<CgroupError> {
-        let Ok(now) = paths_of(Pid::this()) else { return Vec::new() };
-        let mut failures = Vec::new();
-        for hierarchy in &cgroup.hierarchies {
-            let path_in = |paths: &[(String, PathBuf)]| {
-                paths.iter().find(|(name, _)| *name == hierarchy.name).map(|(_, path)| path.clone())
-            };
-            let Some(before) = path_in(&self.paths) else { continue };
-            if path_in(&now).as_ref() != Some(&before) {
-                let target = hierarchy.mount.join(before.strip_prefix("/").unwrap_or(&before));
-                failures.extend(join(&target, Pid::this()).err());
-            }
-        }
-        failures
     }
 }
 

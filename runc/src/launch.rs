@@ -1,7 +1,7 @@
 //! The door to libcontainer: its process layer makes the namespaces, the mounts inside and the waiting init
 //! (docs/decisions/0004-libcontainer.md). Nothing else in this program knows libcontainer but `init.rs`, which runs in it.
 
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
@@ -14,24 +14,32 @@ use libcontainer::process::container_main_process::container_main_process;
 use libcontainer::syscall::syscall::SyscallType;
 use libcontainer::user_ns::UserNamespaceConfig;
 use oci_spec::runtime::{LinuxNamespaceBuilder, LinuxNamespaceType, Spec};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use sysbox_ipc::mgr::Process;
 
 use crate::init::Init;
+use crate::sink::Sink;
 use crate::state::{Home, State};
 
 /// Name of the socket that init waits on, in the container's state directory. It goes with the start signal.
 pub const START_SOCKET: &str = "notify.sock";
 
-#[derive(Debug, thiserror::Error)]
+/// Crosses from the child that runs libcontainer to the runtime, hence plain text.
+#[derive(Debug, Serialize, Deserialize, thiserror::Error)]
 pub enum LaunchError {
     /// What the container's own processes said.
     #[error("unable to start container process: {0}")]
     Inside(String),
     #[error("{attempt}: {why}")]
-    Step { attempt: &'static str, why: String },
+    Step { attempt: String, why: String },
+    /// The cgroup could not be made or entered.
+    #[error("{0}")]
+    Cgroup(String),
 }
 
-fn step(attempt: &'static str) -> impl FnOnce(&dyn std::fmt::Display) -> LaunchError {
+pub fn step(attempt: &str) -> impl FnOnce(&dyn std::fmt::Display) -> LaunchError {
+    let attempt = attempt.to_owned();
     move |why| LaunchError::Step { attempt, why: why.to_string() }
 }
 
@@ -44,8 +52,6 @@ pub struct Launch<'a> {
     pub dir: &'a Path,
     pub spec: Spec,
     pub rootfs: PathBuf,
-    /// Relative to the root of each hierarchy.
-    pub cgroup: PathBuf,
     pub console_socket: Option<&'a Path>,
     pub preserve_fds: i32,
     pub no_pivot: bool,
@@ -53,55 +59,71 @@ pub struct Launch<'a> {
 }
 
 impl Launch<'_> {
-    /// Makes the container's first process; it waits for [`start`].
+    /// Makes the container's first process; it waits for [`start`]. `enter` prepares what libcontainer's processes inherit
+    /// and says which cgroup they join, relative to the root of each hierarchy.
     ///
     /// # Errors
-    /// What libcontainer or the container's processes say.
-    pub fn create(self) -> Result<Process, LaunchError> {
+    /// What `enter`, libcontainer or the container's processes say.
+    pub fn create(self, enter: impl FnOnce() -> Result<PathBuf, LaunchError>) -> Result<Process, LaunchError> {
         let socket = self.dir.join(START_SOCKET);
         let users = UserNamespaceConfig::new(&self.spec).map_err(|e| step("user namespace")(&e))?;
         // Hooks and libcontainer's own files want its forms of config and state.
         let config = YoukiConfig::from_spec(&self.spec, self.id).map_err(|e| step("configuration")(&e))?;
         config.save(self.dir).map_err(|e| step("save the configuration")(&e))?;
-        let kind = ContainerType::InitContainer;
-        self.run(kind, &socket, users)
+        let listener = NotifyListener::new(&socket).map_err(|e| step("start socket")(&e))?;
+        let console = self.console_socket.map(|path| console(self.dir, path)).transpose()?;
+        in_child(|| self.run(ContainerType::InitContainer, enter()?, listener, console, users))
     }
 
     /// Makes a later process of a running container, releases it, and returns when its program runs.
     ///
     /// # Errors
-    /// What libcontainer or the container's processes say.
-    pub fn exec(self, before_start: impl FnOnce(Process) -> Result<(), LaunchError>) -> Result<Process, LaunchError> {
+    /// As [`Launch::create`].
+    pub fn exec(
+        self,
+        enter: impl FnOnce() -> Result<PathBuf, LaunchError>,
+        before_start: impl FnOnce(Process) -> Result<(), LaunchError>,
+    ) -> Result<Process, LaunchError> {
         let socket = self.dir.join(format!("exec-{}.sock", std::process::id()));
-        let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(|e| step("pipe2")(&e))?;
-        // libcontainer closes its copies by number; this one must not be closed twice.
-        let raw: RawFd = std::os::fd::IntoRawFd::into_raw_fd(writer);
-        let sink = Rc::clone(&self.init.sink);
-        let kind = ContainerType::TenantContainer { exec_notify_fd: raw };
-        let made = self.run(kind, &socket, None);
-        // The parent's end must go, or the read below would never see the end.
-        nix::unistd::close(raw).map_err(|e| step("close")(&e))?;
-        let process = match made {
-            Ok(process) => process,
-            Err(error) => {
-                let _gone = std::fs::remove_file(&socket);
-                return Err(error);
-            }
-        };
-        let released = before_start(process).and_then(|()| {
-            NotifySocket::new(&socket).notify_container_start().map_err(|e| step("start")(&e))
+        let made = self.exec_waiting(&socket, enter);
+        let started = made.and_then(|(process, said, sink)| {
+            before_start(process)?;
+            NotifySocket::new(&socket).notify_container_start().map_err(|e| step("start")(&e))?;
+            // The pipe ends, empty, when the program's exec closes it.
+            let mut words = String::new();
+            let mut file = std::fs::File::from(said);
+            std::io::Read::read_to_string(&mut file, &mut words).map_err(|e| step("wait for exec")(&e))?;
+            if words.is_empty() { Ok(process) } else { Err(LaunchError::Inside(sink.first_failure().unwrap_or(words))) }
         });
         let _gone = std::fs::remove_file(&socket);
-        released?;
-        let mut said = String::new();
-        let mut file = std::fs::File::from(reader);
-        std::io::Read::read_to_string(&mut file, &mut said).map_err(|e| step("wait for exec")(&e))?;
-        if said.is_empty() { Ok(process) } else { Err(LaunchError::Inside(sink.first_failure().unwrap_or(said))) }
+        started
     }
 
-    fn run(self, kind: ContainerType, socket: &Path, users: Option<UserNamespaceConfig>) -> Result<Process, LaunchError> {
+    fn exec_waiting(
+        self,
+        socket: &Path,
+        enter: impl FnOnce() -> Result<PathBuf, LaunchError>,
+    ) -> Result<(Process, OwnedFd, Rc<Sink>), LaunchError> {
         let listener = NotifyListener::new(socket).map_err(|e| step("start socket")(&e))?;
         let console = self.console_socket.map(|path| console(self.dir, path)).transpose()?;
+        let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(|e| step("pipe2")(&e))?;
+        let sink = Rc::clone(&self.init.sink);
+        // Its copy in the child is closed by number there; ours goes at the end of this function, so that the reader
+        // sees the end.
+        let kind = ContainerType::TenantContainer { exec_notify_fd: writer.as_raw_fd() };
+        let process = in_child(|| self.run(kind, enter()?, listener, console, None))?;
+        drop(writer);
+        Ok((process, reader, sink))
+    }
+
+    fn run(
+        self,
+        kind: ContainerType,
+        cgroup_path: PathBuf,
+        listener: NotifyListener,
+        console: Option<OwnedFd>,
+        users: Option<UserNamespaceConfig>,
+    ) -> Result<Process, LaunchError> {
         let sink = Rc::clone(&self.init.sink);
         let status = ContainerStatus::Creating;
         let mut container =
@@ -117,18 +139,15 @@ impl Launch<'_> {
             preserve_fds: self.preserve_fds,
             container: Some(container),
             user_ns_config: users,
-            cgroup_config: CgroupConfig {
-                cgroup_path: self.cgroup,
-                systemd_cgroup: false,
-                container_name: self.id.to_owned(),
-            },
+            cgroup_config: CgroupConfig { cgroup_path, systemd_cgroup: false, container_name: self.id.to_owned() },
             detached: true,
             executor: Box::new(self.init),
             no_pivot: self.no_pivot,
             stdin: None,
             stdout: None,
             stderr: None,
-            as_sibling: false,
+            // Its processes are to be the runtime's children, not those of the child that this runs in.
+            as_sibling: true,
             pid_file: None,
         };
         // Processes in namespaces that we join must not be able to look into us (CVE-2016-9962).
@@ -136,10 +155,33 @@ impl Launch<'_> {
         let pid = container_main_process(&args).map_err(|error| {
             LaunchError::Inside(sink.first_failure().unwrap_or_else(|| error.to_string()))
         })?;
-        // The listener's descriptor is shared with clones that close it by number: it must not be closed here again.
-        std::mem::forget(args);
         sysbox_sys::process::identify(pid.as_raw()).map_err(|e| step("look at init")(&e))
     }
+}
+
+/// Runs libcontainer in a child of this process. It must be where its children are to be born (cgroups are inherited, and
+/// libcontainer knows neither named nor hybrid hierarchies), and to go there and back again costs this process a grace
+/// period of the kernel's each way, some 10 ms; a child just ends there.
+///
+/// The answer is read when the child has ended, not at the end of the pipe: the waiting init holds a copy of it.
+fn in_child<T: Serialize + DeserializeOwned>(work: impl FnOnce() -> Result<T, LaunchError>) -> Result<T, LaunchError> {
+    let flags = nix::fcntl::OFlag::O_CLOEXEC | nix::fcntl::OFlag::O_NONBLOCK;
+    let (reader, writer) = nix::unistd::pipe2(flags).map_err(|e| step("pipe2")(&e))?;
+    let child = sysbox_sys::process::fork_for(|| {
+        let answer = serde_json::to_vec(&work());
+        let mut file = std::fs::File::from(writer);
+        // A path or an error text: far below what a pipe holds.
+        let told = answer.is_ok_and(|bytes| std::io::Write::write_all(&mut file, &bytes).is_ok());
+        if told { 0 } else { 1 }
+    });
+    let child = child.map_err(|e| step("start a child")(&e))?;
+    // By pid: the container's processes are children of ours, too.
+    nix::sys::wait::waitpid(child, None).map_err(|e| step("wait for the child")(&e))?;
+    let mut answer = Vec::new();
+    let mut file = std::fs::File::from(reader);
+    // Ends with EAGAIN; what was read until then is in the buffer.
+    let _ends = std::io::Read::read_to_end(&mut file, &mut answer);
+    serde_json::from_slice::<Result<T, LaunchError>>(&answer).map_err(|e| step("hear from the child")(&e))?
 }
 
 /// Connects to the engine's console socket.

@@ -79,6 +79,29 @@ pub fn pidfd_send_signal(pidfd: &OwnedFd, signal: i32) -> Result<()> {
     Errno::result(done).map(drop).named(|| format!("pidfd_send_signal({signal})"))
 }
 
+/// Runs `work` in a forked child that dies with this process, and ends the child with its result as exit code.
+///
+/// # Errors
+/// `EBUSY` if this process has more than one thread: a fork would copy locks that nobody will ever release.
+pub fn fork_for(work: impl FnOnce() -> i32) -> Result<nix::unistd::Pid> {
+    let threads = std::fs::read_dir("/proc/self/task").named(|| "read(/proc/self/task)".to_owned())?.count();
+    if threads != 1 {
+        return Err(SysError::new(Errno::EBUSY, format!("fork with {threads} threads")));
+    }
+    let parent = nix::unistd::getpid();
+    // SAFETY: this process has one thread, so the child may do whatever the parent could.
+    match unsafe { nix::unistd::fork() }.named(|| "fork".to_owned())? {
+        nix::unistd::ForkResult::Parent { child } => Ok(child),
+        nix::unistd::ForkResult::Child => {
+            let tied = nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL);
+            // The parent may have died before the tie was made.
+            let code = if tied.is_ok() && nix::unistd::getppid() == parent { work() } else { 1 };
+            // SAFETY: _exit(2) runs nothing of the parent's: no destructors, no buffers flushed twice.
+            unsafe { libc::_exit(code) }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -14,12 +14,12 @@ use sysbox_ipc::mgr::{FileId, Grant, Process, Register, Rootfs};
 use super::{Call, write_pid_file};
 use crate::apply::{self, Staged};
 use crate::bundle::{self, Bundle};
-use crate::cgroup::{Cgroup, Whence, locate};
+use crate::cgroup::{Cgroup, locate};
 use crate::cli::CreateArgs;
 use crate::daemons::{Fs, Mgr};
 use crate::filter::{self, Filter};
 use crate::init::{Init, Role, own_stdio};
-use crate::launch::Launch;
+use crate::launch::{Launch, LaunchError, step};
 use crate::limits::{self, Raise};
 use crate::plan::{self, Plan, Stage};
 use crate::sink::Sink;
@@ -130,33 +130,33 @@ fn launch(
 ) -> Result<Process> {
     home.save_spec(&spec)?;
     home.save_filter(filter.as_ref())?;
-    let whence = Whence::remember()?;
-    let made = state.cgroup.make(&plan.resources, &args.id).map_err(anyhow::Error::from).and_then(|()| {
-        // The parent is known only now where systemd chose it.
-        home.save(state)?;
-        let map = &grant.id_map;
-        let (uid, gid) = (map.host_uid(plan.entry.uid), map.host_gid(plan.entry.gid));
-        own_stdio(uid.unwrap_or(map.root_uid()), gid.unwrap_or(map.root_gid())).context("give stdio to the container")?;
-        let sink = Rc::new(Sink::open().context("pipe for errors")?);
-        let keyring = (!args.no_new_keyring).then(|| format!("_ses.{}", args.id));
-        let init = Init::new(plan.entry.clone(), filter, Role::First, keyring, sink);
-        let launch = Launch {
-            id: &args.id,
-            bundle: &bundle.dir,
-            dir: &home.dir,
-            spec,
-            rootfs: Stage::below(&call.global.run_dir).rootfs(),
-            cgroup: state.cgroup.delegated(),
-            console_socket: args.console_socket.as_deref(),
-            preserve_fds: args.preserve_fds,
-            no_pivot: args.no_pivot,
-            init,
-        };
-        Ok(launch.create()?)
-    });
-    for failure in whence.go_back(&state.cgroup) {
-        call.log.warn(&format!("leaving the container's cgroup: {failure}"));
-    }
+    let map = &grant.id_map;
+    let (uid, gid) = (map.host_uid(plan.entry.uid), map.host_gid(plan.entry.gid));
+    own_stdio(uid.unwrap_or(map.root_uid()), gid.unwrap_or(map.root_gid())).context("give stdio to the container")?;
+    let sink = Rc::new(Sink::open().context("pipe for errors")?);
+    let keyring = (!args.no_new_keyring).then(|| format!("_ses.{}", args.id));
+    let launch = Launch {
+        id: &args.id,
+        bundle: &bundle.dir,
+        dir: &home.dir,
+        spec,
+        rootfs: Stage::below(&call.global.run_dir).rootfs(),
+        console_socket: args.console_socket.as_deref(),
+        preserve_fds: args.preserve_fds,
+        no_pivot: args.no_pivot,
+        init: Init::new(plan.entry.clone(), filter, Role::First, keyring, sink),
+    };
+    let mut cgroup = state.cgroup.clone();
+    let enter = || {
+        cgroup.make(&plan.resources, &args.id).map_err(|error| LaunchError::Cgroup(error.to_string()))?;
+        // The parent is known only now where systemd chose it, and a `delete --force` must find it.
+        let known = State { cgroup: cgroup.clone(), ..state.clone() };
+        home.save(&known).map_err(|error| step("save the state")(&error))?;
+        Ok(cgroup.delegated())
+    };
+    let made = launch.create(enter).map_err(anyhow::Error::from);
+    // What the child saved is what there is to be taken away, also when it failed later.
+    state.cgroup = home.load()?.cgroup;
     let finished = made.and_then(|init| {
         let pid = Pid::from_raw(init.pid);
         state.cgroup.delegate(pid, grant.id_map.root_uid(), grant.id_map.root_gid())?;

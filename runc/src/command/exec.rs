@@ -11,7 +11,7 @@ use crate::attend::{Attendance, Terminal};
 use crate::bundle;
 use crate::cli::ExecArgs;
 use crate::init::{Init, Role, own_stdio};
-use crate::launch::{Launch, LaunchError, tenant_spec};
+use crate::launch::{Launch, LaunchError, step, tenant_spec};
 use crate::limits::{self, Raise};
 use crate::plan;
 use crate::sink::Sink;
@@ -51,18 +51,21 @@ pub fn exec(call: &Call<'_>, args: &ExecArgs) -> Result<i32> {
         dir: &home.dir,
         spec,
         rootfs: state.rootfs.clone(),
-        cgroup: state.cgroup.path_for_exec(init_pid)?,
         console_socket,
         preserve_fds: args.preserve_fds,
         no_pivot: false,
         init: Init::new(entry, filter, Role::Later, Some(format!("_ses.{}", args.id)), sink),
     };
     let raise = if state.facts.raise_rlimits { Raise::Yes } else { Raise::No };
-    let started = launch.exec(|made| {
-        let step = |attempt: &'static str, why: String| LaunchError::Step { attempt, why };
-        state.cgroup.follow(init_pid, Pid::from_raw(made.pid)).map_err(|e| step("join init's cgroup", e.to_string()))?;
+    let enter = || {
+        let entered = state.cgroup.enter_for_exec(init_pid).and_then(|()| state.cgroup.path_for_exec(init_pid));
+        entered.map_err(|e| LaunchError::Cgroup(e.to_string()))
+    };
+    let started = launch.exec(enter, |made| {
+        let follow = state.cgroup.follow(init_pid, Pid::from_raw(made.pid));
+        follow.map_err(|e| LaunchError::Cgroup(e.to_string()))?;
         let asked = process.rlimits().as_deref().unwrap_or_default();
-        limits::apply(made.pid, asked, raise).map_err(|e| step("set limits", e.to_string()))
+        limits::apply(made.pid, asked, raise).map_err(|e| step("set limits")(&e))
     })?;
     if let Some(path) = &args.pid_file {
         write_pid_file(path, started.pid)?;
