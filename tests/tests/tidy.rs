@@ -12,8 +12,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use text::{
-    code, crate_name, dependencies, functions, has_word, links, machine_calls, pages_named, rows, targets,
-    test_names,
+    bench_rows, code, crate_name, dependencies, functions, has_word, links, machine_calls, pages_named, rows,
+    targets, test_names,
 };
 
 // ---- the tree ----
@@ -82,10 +82,8 @@ fn none(rule: &str, faults: &[String]) {
 fn missing(holder: &str, files: &[File]) -> Option<String> {
     let text = |path: &str| files.iter().find(|file| file.path == path).map(|file| file.text.as_str());
     if let Some(row) = holder.strip_prefix("bench:") {
-        let quoted = format!("\"{row}\"");
-        let bench = |file: &&File| file.path.starts_with("tests/src/bin/") && file.is("rs");
-        let there = files.iter().filter(bench).any(|file| file.text.contains(&quoted));
-        return (!there).then(|| format!("no row {quoted} in tests/src/bin"));
+        let there = bench_rows(text("tests/src/bin/bench/main.rs").unwrap_or_default()).contains(row);
+        return (!there).then(|| format!("the bench has no row {row}"));
     }
     if let Some(target) = holder.strip_prefix("make ") {
         let there = targets(text("Makefile").unwrap_or_default()).contains(target);
@@ -438,9 +436,9 @@ fn what_holds_nothing_is_found_out() {
             "t.rs",
             "#[test]\nfn is_one() {}\nfn is_none() {}\n    #[test]\n    #[ignore = \"why\"]\n    fn within(x in 0..1) {}\n",
         ),
-        file("tests/src/bin/bench.rs", "row(\"start\")"),
+        file("tests/src/bin/bench/main.rs", "row(\"start\", 1), row(\n    \"stop\","),
     ];
-    for holder in ["t.rs::is_one", "t.rs::within", "bench:start", "make up"] {
+    for holder in ["t.rs::is_one", "t.rs::within", "bench:start", "bench:stop", "make up"] {
         assert_eq!(missing(holder, &files), None, "{holder}");
     }
     for holder in ["t.rs::is_none", "t.rs::is", "u.rs::is_one", "bench:star", "make down", "words"] {

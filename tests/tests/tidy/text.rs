@@ -134,6 +134,12 @@ pub fn targets(makefile: &str) -> BTreeSet<&str> {
     rules.filter_map(|line| line.split_once(':')).flat_map(|(names, _)| names.split_whitespace()).collect()
 }
 
+/// The names of the rows of the bench's table: the first argument of each `row(…)`.
+pub fn bench_rows(source: &str) -> BTreeSet<&str> {
+    let arguments = source.split("row(").skip(1).filter_map(|rest| rest.trim_start().strip_prefix('"'));
+    arguments.filter_map(|rest| rest.split('"').next()).collect()
+}
+
 /// The names in `MACHINE_CALLS`.
 pub fn machine_calls(source: &str) -> Vec<&str> {
     let list =
