@@ -21,8 +21,8 @@ use sysbox_sys::mount::{self as m, Depth, FsContext};
 use sysbox_sys::path::{Kind, make_in_root, open_in_root, proc_path};
 use sysbox_sys::{SysError, creds, userns};
 
-use crate::preload;
 use crate::plan::{Attributes, Bind, Extent, Node, Place, Plan, Shift, Stage, Target, TargetKind};
+use crate::preload;
 use crate::survey::{Ground, Overlay, Survey};
 
 #[derive(Debug, thiserror::Error)]
@@ -51,7 +51,10 @@ impl<T> Attempt<T> for sysbox_sys::Result<T> {
 
 impl<T> Attempt<T> for nix::Result<T> {
     fn attempt(self, what: impl FnOnce() -> String) -> Result<T> {
-        self.map_err(|errno| ApplyError::Step { attempt: what(), source: SysError::new(errno, "system call") })
+        self.map_err(|errno| ApplyError::Step {
+            attempt: what(),
+            source: SysError::new(errno, "system call"),
+        })
     }
 }
 
@@ -79,15 +82,16 @@ impl Staged {
         let mut failures = Vec::new();
         for path in self.journal.created.iter().rev() {
             let Some((parent, name)) = path.parent().zip(path.file_name()) else { continue };
-            let removed = open_in_root(self.rootfs.as_fd(), parent, OFlag::O_PATH | OFlag::O_DIRECTORY).and_then(|dir| {
-                let as_root = creds::with_fs_ids(self.map.root_uid(), self.map.root_gid(), || {
-                    match unlinkat(&dir, name, UnlinkatFlags::RemoveDir) {
-                        Err(Errno::ENOTDIR) => remove_if_empty_file(dir.as_fd(), name),
-                        other => other,
-                    }
+            let removed = open_in_root(self.rootfs.as_fd(), parent, OFlag::O_PATH | OFlag::O_DIRECTORY)
+                .and_then(|dir| {
+                    let as_root = creds::with_fs_ids(self.map.root_uid(), self.map.root_gid(), || {
+                        match unlinkat(&dir, name, UnlinkatFlags::RemoveDir) {
+                            Err(Errno::ENOTDIR) => remove_if_empty_file(dir.as_fd(), name),
+                            other => other,
+                        }
+                    });
+                    as_root.and_then(|done| done.named(|| format!("remove {}", path.display())))
                 });
-                as_root.and_then(|done| done.named(|| format!("remove {}", path.display())))
-            });
             match removed {
                 Ok(()) => {}
                 Err(error) if matches!(error.errno, Errno::ENOENT | Errno::ENOTEMPTY | Errno::EBUSY) => {}
@@ -118,13 +122,23 @@ pub fn enter_private_namespace() -> Result<()> {
 ///
 /// # Errors
 /// The step that failed; mount points made until then are removed again.
-pub fn apply(plan: &Plan, survey: &Survey, stage: &Stage, rootfs: &Path, map: &IdMap, facts: &HostFacts) -> Result<Staged> {
+pub fn apply(
+    plan: &Plan,
+    survey: &Survey,
+    stage: &Stage,
+    rootfs: &Path,
+    map: &IdMap,
+    facts: &HostFacts,
+) -> Result<Staged> {
     let shifter = userns::with_maps(map).attempt(|| "make a user namespace for the id shift".to_owned())?;
     make_stage(stage)?;
     // Sources are cloned before anything of ours covers them.
     let mut warnings = Vec::new();
-    let clones: Vec<OwnedFd> =
-        plan.binds.iter().map(|bind| clone_source(bind, shifter.as_fd(), &mut warnings)).collect::<Result<_>>()?;
+    let clones: Vec<OwnedFd> = plan
+        .binds
+        .iter()
+        .map(|bind| clone_source(bind, shifter.as_fd(), &mut warnings))
+        .collect::<Result<_>>()?;
     let base = Base { plan, stage, map, facts, shifter: shifter.as_fd() };
     let root_mount = match &survey.ground {
         Ground::Overlay(overlay) if plan.root.shift != Shift::Never => base.overlay(overlay, rootfs)?,
@@ -132,7 +146,8 @@ pub fn apply(plan: &Plan, survey: &Survey, stage: &Stage, rootfs: &Path, map: &I
     };
     let point = File::open(stage.rootfs()).named(|| "open(stage rootfs)".to_owned());
     let point = point.attempt(|| "open the stage".to_owned())?;
-    m::attach(root_mount.as_fd(), point.as_fd()).attempt(|| format!("attach {}", stage.rootfs().display()))?;
+    m::attach(root_mount.as_fd(), point.as_fd())
+        .attempt(|| format!("attach {}", stage.rootfs().display()))?;
     let mut staged = Staged { rootfs: root_mount, map: map.clone(), journal: Journal::default(), warnings };
     match fill(&base, survey, &clones, &mut staged) {
         Ok(()) => Ok(staged),
@@ -158,7 +173,8 @@ fn fill(base: &Base<'_>, survey: &Survey, clones: &[OwnedFd], staged: &mut Stage
         match &bind.place {
             Place::Locked(target) => {
                 let point = base.make_target(staged, target)?;
-                m::attach(clone.as_fd(), point.as_fd()).attempt(|| format!("attach {}", target.path.display()))?;
+                m::attach(clone.as_fd(), point.as_fd())
+                    .attempt(|| format!("attach {}", target.path.display()))?;
             }
             Place::Staged(number) => base.attach_staged(*number, bind.is_directory, clone.as_fd())?,
         }
@@ -188,7 +204,8 @@ fn attributes(a: Attributes) -> m::Attributes {
 fn make_stage(stage: &Stage) -> Result<()> {
     let shown = || format!("mount a tmpfs on {}", stage.dir.display());
     let options = "mode=0711,size=1m,nr_inodes=4096";
-    mount(Some("sysbox-stage"), &stage.dir, Some("tmpfs"), MsFlags::MS_NOSUID, Some(options)).attempt(shown)?;
+    mount(Some("sysbox-stage"), &stage.dir, Some("tmpfs"), MsFlags::MS_NOSUID, Some(options))
+        .attempt(shown)?;
     for dir in ["rootfs", "binds", "dev"] {
         let mut builder = std::fs::DirBuilder::new();
         builder.mode(0o711);
@@ -207,8 +224,9 @@ fn clone_source(bind: &Bind, shifter: BorrowedFd<'_>, warnings: &mut Vec<String>
     let clone = m::clone_tree(&bind.source, depth).attempt(shown)?;
     if bind.shift != Shift::Never {
         // Submounts are shifted with the top where all of them can be; where one cannot, the top alone.
-        let shifted = m::set_idmap(clone.as_fd(), shifter, depth)
-            .or_else(|error| if depth == Depth::Tree { m::set_idmap(clone.as_fd(), shifter, Depth::One) } else { Err(error) });
+        let shifted = m::set_idmap(clone.as_fd(), shifter, depth).or_else(|error| {
+            if depth == Depth::Tree { m::set_idmap(clone.as_fd(), shifter, Depth::One) } else { Err(error) }
+        });
         match shifted {
             Ok(()) => {}
             Err(source) if bind.shift == Shift::Must => {
@@ -236,7 +254,8 @@ struct Base<'a> {
 impl Base<'_> {
     /// The rootfs from a directory: a clone, shifted unless the ids on disk are the container's.
     fn directory(&self, rootfs: &Path) -> Result<OwnedFd> {
-        let clone = m::clone_tree(rootfs, Depth::Tree).attempt(|| format!("clone rootfs {}", rootfs.display()))?;
+        let clone =
+            m::clone_tree(rootfs, Depth::Tree).attempt(|| format!("clone rootfs {}", rootfs.display()))?;
         if self.plan.root.shift != Shift::Never {
             m::set_idmap(clone.as_fd(), self.shifter, Depth::One)
                 .map_err(|source| ApplyError::NoRootShift { path: rootfs.to_owned(), source })?;
@@ -254,9 +273,11 @@ impl Base<'_> {
         // Kernels before 6.13 take no descriptors, and only clones that are attached in this namespace; so all are.
         let mut held = Vec::new();
         for (number, lower) in overlay.lowers.iter().enumerate() {
-            let real = lower.canonicalize().named(|| format!("realpath({})", lower.display())).attempt(shown)?;
+            let real =
+                lower.canonicalize().named(|| format!("realpath({})", lower.display())).attempt(shown)?;
             let clone = self.attach_layer(&layers, number, &real)?;
-            self.set_layer(&fs, "lowerdir+", clone.as_fd()).attempt(|| format!("overlay layer {}", lower.display()))?;
+            self.set_layer(&fs, "lowerdir+", clone.as_fd())
+                .attempt(|| format!("overlay layer {}", lower.display()))?;
             held.push(clone);
         }
         // Upper and work must lie on one mount, so it is their parent that is cloned.
@@ -339,9 +360,12 @@ impl Base<'_> {
                 continue;
             }
             let shown = || format!("copy up {}", parent.display());
-            let dir = open_in_root(staged.rootfs.as_fd(), parent, OFlag::O_RDONLY | OFlag::O_DIRECTORY).attempt(shown)?;
+            let dir = open_in_root(staged.rootfs.as_fd(), parent, OFlag::O_RDONLY | OFlag::O_DIRECTORY)
+                .attempt(shown)?;
             let mode = Mode::from_bits_truncate(fstat(&dir).attempt(shown)?.st_mode & 0o7777);
-            creds::with_fs_ids(uid, gid, || nix::sys::stat::fchmod(&dir, mode)).attempt(shown)?.attempt(shown)?;
+            creds::with_fs_ids(uid, gid, || nix::sys::stat::fchmod(&dir, mode))
+                .attempt(shown)?
+                .attempt(shown)?;
         }
         Ok(())
     }
@@ -351,7 +375,8 @@ impl Base<'_> {
         let shown = || format!("stage {}", point.display());
         let made = if is_directory { std::fs::create_dir(&point) } else { File::create(&point).map(drop) };
         made.named(|| format!("create({})", point.display())).attempt(shown)?;
-        let target = nix::fcntl::open(&point, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).attempt(shown)?;
+        let target =
+            nix::fcntl::open(&point, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).attempt(shown)?;
         m::attach(clone, target.as_fd()).attempt(shown)
     }
 
@@ -359,17 +384,21 @@ impl Base<'_> {
     /// use as the real file system that it is (docs/decisions/0003-data-roots.md).
     fn layer_root(&self, staged: &mut Staged, overlay: &Overlay, path: &Path) -> Result<OwnedFd> {
         let shown = || format!("data root {}", path.display());
-        let point = self.make_target(staged, &Target { path: path.to_owned(), kind: TargetKind::Directory })?;
+        let point =
+            self.make_target(staged, &Target { path: path.to_owned(), kind: TargetKind::Directory })?;
         let open = || preload::open_in_layer(&overlay.upper, path, OFlag::O_PATH);
         let on_disk = match open().attempt(shown)? {
             Some(on_disk) => on_disk,
             None => {
                 // Only in lower layers: setting the mode it has copies the directory up.
-                let readable = open_in_root(point.as_fd(), Path::new("/"), OFlag::O_RDONLY | OFlag::O_DIRECTORY);
+                let readable =
+                    open_in_root(point.as_fd(), Path::new("/"), OFlag::O_RDONLY | OFlag::O_DIRECTORY);
                 let readable = readable.attempt(shown)?;
                 let mode = Mode::from_bits_truncate(fstat(&readable).attempt(shown)?.st_mode & 0o7777);
                 let (uid, gid) = self.disk_ids();
-                creds::with_fs_ids(uid, gid, || nix::sys::stat::fchmod(&readable, mode)).attempt(shown)?.attempt(shown)?;
+                creds::with_fs_ids(uid, gid, || nix::sys::stat::fchmod(&readable, mode))
+                    .attempt(shown)?
+                    .attempt(shown)?;
                 let missing = || SysError::new(Errno::ENOENT, "the copied-up directory");
                 let on_disk = open().and_then(|found| found.ok_or_else(missing)).attempt(shown)?;
                 preload::copy(&overlay.lowers, path, on_disk.as_fd()).attempt(shown)?;
@@ -413,8 +442,14 @@ impl Base<'_> {
         let dev = self.stage.dir.join("dev");
         let shown = || "stage the devices".to_owned();
         let options = "mode=0755,size=64k,nr_inodes=4096";
-        mount(Some("sysbox-dev"), &dev, Some("tmpfs"), MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC, Some(options))
-            .attempt(shown)?;
+        mount(
+            Some("sysbox-dev"),
+            &dev,
+            Some("tmpfs"),
+            MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC,
+            Some(options),
+        )
+        .attempt(shown)?;
         for node in &self.plan.nodes {
             make_node(&dev, node)?;
         }

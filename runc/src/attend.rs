@@ -31,11 +31,19 @@ impl Attendance {
     pub fn prepare() -> Result<Self> {
         let mut all = SigSet::all();
         // What the kernel raises against ourselves must not be put off.
-        for own in [Signal::SIGSEGV, Signal::SIGBUS, Signal::SIGFPE, Signal::SIGILL, Signal::SIGABRT, Signal::SIGTRAP] {
+        for own in [
+            Signal::SIGSEGV,
+            Signal::SIGBUS,
+            Signal::SIGFPE,
+            Signal::SIGILL,
+            Signal::SIGABRT,
+            Signal::SIGTRAP,
+        ] {
             all.remove(own);
         }
         all.thread_block().context("block signals")?;
-        let signals = SignalFd::with_flags(&all, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).context("signalfd")?;
+        let signals =
+            SignalFd::with_flags(&all, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).context("signalfd")?;
         Ok(Self { signals })
     }
 
@@ -61,8 +69,10 @@ impl Attendance {
             if let Some(session) = &mut session {
                 session.copy(master, stdin);
             }
-            while signalled {
-                let Some(info) = self.signals.read_signal().context("read signals")? else { break };
+            if !signalled {
+                continue;
+            }
+            while let Some(info) = self.signals.read_signal().context("read signals")? {
                 let number = i32::try_from(info.ssi_signo).unwrap_or_default();
                 if number == libc::SIGCHLD {
                     if let Some(code) = reap(Pid::from_raw(process.pid))? {
@@ -97,7 +107,9 @@ fn reap(awaited: Pid) -> Result<Option<i32>> {
     loop {
         match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
             Ok(WaitStatus::Exited(pid, code)) if pid == awaited => return Ok(Some(code)),
-            Ok(WaitStatus::Signaled(pid, signal, _)) if pid == awaited => return Ok(Some(128 + signal as i32)),
+            Ok(WaitStatus::Signaled(pid, signal, _)) if pid == awaited => {
+                return Ok(Some(128 + signal as i32));
+            }
             Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return Ok(None),
             Ok(_) | Err(Errno::EINTR) => {}
             Err(errno) => bail!("waitpid: {}", errno.desc()),
@@ -118,7 +130,8 @@ impl Terminal {
     /// No place for the socket.
     pub fn listen() -> Result<Self> {
         let dir = std::env::temp_dir().join(format!("sysbox-console-{}", std::process::id()));
-        let made = std::os::unix::fs::DirBuilderExt::mode(&mut std::fs::DirBuilder::new(), 0o700).create(&dir);
+        let made =
+            std::os::unix::fs::DirBuilderExt::mode(&mut std::fs::DirBuilder::new(), 0o700).create(&dir);
         made.with_context(|| format!("mkdir {}", dir.display()))?;
         let path = dir.join("socket");
         let listener = UnixListener::bind(&path).with_context(|| format!("bind {}", path.display()))?;
@@ -135,7 +148,8 @@ impl Terminal {
         let mut name = [0u8; 4096];
         let mut space = nix::cmsg_space!([RawFd; 1]);
         let mut parts = [IoSliceMut::new(&mut name)];
-        let received = recvmsg::<()>(peer.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC);
+        let received =
+            recvmsg::<()>(peer.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC);
         let received = received.context("receive the console")?;
         let master = received.cmsgs().context("receive the console")?.find_map(|message| match message {
             ControlMessageOwned::ScmRights(fds) => fds.first().copied(),

@@ -62,7 +62,9 @@ fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, BundleErr
     let path = path.to_owned();
     let length = match std::fs::metadata(&path) {
         Ok(facts) => facts.len(),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(BundleError::NoConfig { path }),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return Err(BundleError::NoConfig { path });
+        }
         Err(source) => return Err(BundleError::Read { path, source }),
     };
     if length > MAX_CONFIG {
@@ -100,7 +102,10 @@ fn invalid(pointer: &'static str, why: impl Into<String>) -> BundleError {
 
 fn check(spec: &Spec) -> Result<(), BundleError> {
     if !spec.version().starts_with("1.") {
-        return Err(invalid("/ociVersion", format!("`{}` is not a version 1 of the specification", spec.version())));
+        return Err(invalid(
+            "/ociVersion",
+            format!("`{}` is not a version 1 of the specification", spec.version()),
+        ));
     }
     let process = spec.process().as_ref().ok_or_else(|| invalid("/process", "is missing"))?;
     check_process(process)?;
@@ -151,7 +156,10 @@ fn check_process(process: &Process) -> Result<(), BundleError> {
         return Err(invalid("/process/args", "must not be empty"));
     }
     if !process.cwd().is_absolute() {
-        return Err(invalid("/process/cwd", format!("`{}` is not an absolute path", process.cwd().display())));
+        return Err(invalid(
+            "/process/cwd",
+            format!("`{}` is not an absolute path", process.cwd().display()),
+        ));
     }
     let nul = |text: &String| text.contains('\0');
     if process.args().iter().flatten().any(nul) || process.env().iter().flatten().any(nul) {
@@ -216,7 +224,11 @@ mod tests {
             ("/process/cwd", json!("x"), "/process/cwd: `x` is not an absolute path"),
             ("/process/args/0", json!("a\u{0}b"), "/process: a NUL byte in args or env"),
             ("/linux/namespaces/4", json!({"type": "pid"}), "/linux/namespaces: `pid` is listed twice"),
-            ("/mounts/0/destination", json!("proc"), "/mounts: destination of mount 0, `proc`, is not absolute"),
+            (
+                "/mounts/0/destination",
+                json!("proc"),
+                "/mounts: destination of mount 0, `proc`, is not absolute",
+            ),
             ("/root/path", json!("gone"), "rootfs gone: No such file or directory (os error 2)"),
             ("/root/path", json!("config.json"), "rootfs config.json: is not a directory"),
             ("/root/path", json!("/"), "rootfs /: is the root of the host"),

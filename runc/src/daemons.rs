@@ -6,7 +6,7 @@ use std::time::Duration;
 use nix::errno::Errno;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use sysbox_ipc::mgr::{Grant, HostFacts, Process, Register};
+use sysbox_ipc::mgr::{Grant, Process, Register};
 use sysbox_ipc::{ContainerKey, Hello, PROTOCOL_VERSION, Refusal, fs, mgr};
 use sysbox_sys::socket::{Connection, SocketError};
 
@@ -72,7 +72,8 @@ impl Mgr {
     }
 
     fn ask(&self, request: &mgr::Request) -> Result<mgr::Reply> {
-        let (reply, _) = self.0.call(request, &[]).map_err(|source| DaemonError::Talk { daemon: MGR, source })?;
+        let (reply, _) =
+            self.0.call(request, &[]).map_err(|source| DaemonError::Talk { daemon: MGR, source })?;
         match reply {
             mgr::Reply::Refused(refusal) => Err(DaemonError::Refused { daemon: MGR, refusal }),
             reply => Ok(reply),
@@ -106,15 +107,6 @@ impl Mgr {
     pub fn release(&self, key: &ContainerKey) -> Result<()> {
         self.done(&mgr::Request::Release { key: key.clone() })
     }
-
-    /// # Errors
-    /// The daemon failing at it.
-    pub fn facts(&self) -> Result<HostFacts> {
-        match self.ask(&mgr::Request::Facts)? {
-            mgr::Reply::Facts(facts) => Ok(facts),
-            _ => Err(DaemonError::Answer { daemon: MGR }),
-        }
-    }
 }
 
 /// A conversation with sysbox-fs.
@@ -136,7 +128,8 @@ impl Fs {
     }
 
     fn ask(&self, request: &fs::Request) -> Result<fs::Reply> {
-        let (reply, _) = self.0.call(request, &[]).map_err(|source| DaemonError::Talk { daemon: FS, source })?;
+        let (reply, _) =
+            self.0.call(request, &[]).map_err(|source| DaemonError::Talk { daemon: FS, source })?;
         match reply {
             fs::Reply::Refused(refusal) => Err(DaemonError::Refused { daemon: FS, refusal }),
             reply => Ok(reply),

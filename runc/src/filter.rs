@@ -6,9 +6,13 @@
 
 use std::io::{Read, Seek};
 use std::os::fd::AsFd;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
 
 use libseccomp::{ScmpAction, ScmpArch, ScmpArgCompare, ScmpCompareOp, ScmpFilterContext, ScmpSyscall};
-use oci_spec::runtime::{Arch, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompFilterFlag, LinuxSeccompOperator};
+use oci_spec::runtime::{
+    Arch, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompFilterFlag, LinuxSeccompOperator,
+};
 use sysbox_sys::seccomp::{FLAG_LOG, FLAG_SPEC_ALLOW, Instruction};
 
 /// A profile ready to be loaded.
@@ -104,6 +108,49 @@ pub fn compile(profile: &LinuxSeccomp) -> Result<Filter> {
     Ok(Filter { program, flags: flags(profile)? })
 }
 
+/// As [`compile`], from `dir` where this very profile has been compiled before: engines send the same one every time, and
+/// libseccomp takes 13 ms for it. What cannot be kept is compiled again.
+///
+/// # Errors
+/// As [`compile`].
+pub fn compile_cached(profile: &LinuxSeccomp, dir: &Path) -> Result<Filter> {
+    let library = libseccomp::ScmpVersion::current().map(|v| format!("{}.{}.{}", v.major, v.minor, v.micro));
+    let Ok(key) = serde_json::to_string(&(env!("CARGO_PKG_VERSION"), library.ok(), profile)) else {
+        return compile(profile);
+    };
+    let path = dir.join(format!("{:016x}", sysbox_ipc::container::fnv1a(key.as_bytes())));
+    // The whole key is in the file: two profiles with one hash only take turns.
+    if let Some(filter) = std::fs::read(&path).ok().and_then(|kept| read_kept(&kept, key.as_bytes())) {
+        return Ok(filter);
+    }
+    let filter = compile(profile)?;
+    if let Err(error) = keep(&path, key.as_bytes(), &filter) {
+        tracing::debug!(path = %path.display(), %error, "filter not kept");
+    }
+    Ok(filter)
+}
+
+fn read_kept(kept: &[u8], key: &[u8]) -> Option<Filter> {
+    let (length, rest) = kept.split_first_chunk::<8>()?;
+    let length = usize::try_from(u64::from_le_bytes(*length)).ok()?;
+    let (found, program) = rest.split_at_checked(length)?;
+    (found == key).then(|| Filter::from_bytes(program)).flatten()
+}
+
+fn keep(path: &Path, key: &[u8], filter: &Filter) -> std::io::Result<()> {
+    let dir = path.parent().unwrap_or(Path::new("/"));
+    match std::fs::DirBuilder::new().mode(0o700).create(dir) {
+        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
+    let mut bytes = (key.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(key);
+    bytes.extend(filter.to_bytes());
+    let new = path.with_extension(format!("new-{}", std::process::id()));
+    std::fs::write(&new, bytes)?;
+    std::fs::rename(&new, path)
+}
+
 fn flags(profile: &LinuxSeccomp) -> Result<u32> {
     profile.flags().iter().flatten().try_fold(0, |bits, flag| match flag {
         LinuxSeccompFilterFlag::SeccompFilterFlagLog => Ok(bits | FLAG_LOG),
@@ -178,7 +225,10 @@ fn add_rule(
         context.add_rule(action, call).map_err(what())?;
         return Ok(());
     }
-    let repeated = conditions.iter().enumerate().any(|(at, one)| conditions[..at].iter().any(|c| c.index() == one.index()));
+    let repeated = conditions
+        .iter()
+        .enumerate()
+        .any(|(at, one)| conditions[..at].iter().any(|c| c.index() == one.index()));
     if repeated {
         for condition in conditions {
             context.add_rule_conditional(action, call, &[compare(condition)]).map_err(what())?;
@@ -301,7 +351,9 @@ mod tests {
             "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"],
             "syscalls": [{"names": ["read", "openat2", "no_such_call"], "action": "SCMP_ACT_ALLOW"}],
         }));
-        for (number, expected) in [(0, ALLOW), (437, ALLOW), (436, EPERM), (1, EPERM), (438, ENOSYS), (467, ENOSYS)] {
+        for (number, expected) in
+            [(0, ALLOW), (437, ALLOW), (436, EPERM), (1, EPERM), (438, ENOSYS), (467, ENOSYS)]
+        {
             assert_eq!(answer(&program, AUDIT_ARCH_NATIVE, number), expected, "call {number}");
         }
         assert_eq!(answer(&program, AUDIT_ARCH_X86, 3), ALLOW);
@@ -319,6 +371,26 @@ mod tests {
         }));
         assert_eq!(answer(&program, AUDIT_ARCH_NATIVE, 467), ALLOW);
         assert_eq!(answer(&program, AUDIT_ARCH_NATIVE, u32::try_from(libc::SYS_mount).unwrap()), ENOSYS);
+    }
+
+    #[test]
+    fn a_kept_filter_is_taken_for_its_own_profile_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let kept = dir.path().join("filters");
+        let profile = |errno: u32| -> LinuxSeccomp {
+            let rule = json!({"names": ["mount"], "action": "SCMP_ACT_ERRNO", "errnoRet": errno});
+            serde_json::from_value(json!({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [rule]})).unwrap()
+        };
+        let first = compile_cached(&profile(1), &kept).unwrap();
+        assert_eq!(first, compile(&profile(1)).unwrap());
+        let file = std::fs::read_dir(&kept).unwrap().next().unwrap().unwrap().path();
+        // Another profile's file under this name, as after a collision of hashes; then a damaged one.
+        for bytes in [b"\x03\0\0\0\0\0\0\0abcxxxxxxxxxxxx".to_vec(), vec![0xff; 9], Vec::new()] {
+            std::fs::write(&file, bytes).unwrap();
+            assert_eq!(compile_cached(&profile(1), &kept).unwrap(), first);
+        }
+        assert_eq!(compile_cached(&profile(1), &kept).unwrap(), first);
+        assert_ne!(compile_cached(&profile(2), &kept).unwrap(), first);
     }
 
     #[test]

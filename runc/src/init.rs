@@ -49,7 +49,13 @@ pub struct Init {
 }
 
 impl Init {
-    pub fn new(entry: Entry, filter: Option<Filter>, role: Role, keyring: Option<String>, sink: Rc<Sink>) -> Self {
+    pub fn new(
+        entry: Entry,
+        filter: Option<Filter>,
+        role: Role,
+        keyring: Option<String>,
+        sink: Rc<Sink>,
+    ) -> Self {
         Self { entry, filter, role, keyring, sink, program: OnceCell::new(), listen: OnceCell::new() }
     }
 
@@ -60,7 +66,9 @@ impl Init {
             hidden.map_err(|error| format!("chmod(/dev/.sysbox): {error}"))?;
             // libcontainer makes directories below /dev without a umask.
             match std::fs::set_permissions("/dev/net", std::fs::Permissions::from_mode(0o755)) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(format!("chmod(/dev/net): {error}")),
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(format!("chmod(/dev/net): {error}"));
+                }
                 _ => {}
             }
             let made = std::fs::DirBuilder::new().recursive(true).mode(0o755).create(&entry.cwd);
@@ -77,7 +85,8 @@ impl Init {
         let groups: Vec<Gid> = entry.groups.iter().copied().map(Gid::from_raw).collect();
         setgroups(&groups).map_err(|errno| format!("setgroups: {}", errno.desc()))?;
         let path = self.as_user(|| {
-            std::env::set_current_dir(&entry.cwd).map_err(|error| format!("chdir to cwd ({}): {error}", entry.cwd.display()))?;
+            std::env::set_current_dir(&entry.cwd)
+                .map_err(|error| format!("chdir to cwd ({}): {error}", entry.cwd.display()))?;
             check_cwd()?;
             find_program(&entry.args[0], &entry.env)
         })?;
@@ -150,7 +159,10 @@ impl Executor for Init {
 
     fn setup_envs(&self, envs: HashMap<String, String>) -> Result<(), ExecutorSetEnvsError> {
         // Socket activation is the one thing in there that the spec does not say (sd_listen_fds(3)).
-        let listen = envs.iter().filter(|(key, _)| key.starts_with("LISTEN_")).map(|(key, value)| format!("{key}={value}"));
+        let listen = envs
+            .iter()
+            .filter(|(key, _)| key.starts_with("LISTEN_"))
+            .map(|(key, value)| format!("{key}={value}"));
         self.listen.set(listen.collect()).map_err(|_| ExecutorSetEnvsError::Other("set twice".to_owned()))
     }
 
@@ -162,7 +174,8 @@ impl Executor for Init {
         };
         self.become_entry().map_err(failed)?;
         let program = self.program.get().ok_or_else(|| failed("not validated".to_owned()))?;
-        let args: Vec<CString> = self.entry.args.iter().filter_map(|arg| CString::new(arg.as_str()).ok()).collect();
+        let args: Vec<CString> =
+            self.entry.args.iter().filter_map(|arg| CString::new(arg.as_str()).ok()).collect();
         let environment = self.environment();
         let Err(errno) = nix::unistd::execve(program, &args, &environment);
         Err(failed(format!("exec {}: {}", program.to_string_lossy(), errno.desc().to_lowercase())))
@@ -171,8 +184,13 @@ impl Executor for Init {
 
 /// A working directory outside the root would be a way out (CVE-2024-21626): the kernel then has no path for it.
 fn check_cwd() -> Result<(), String> {
-    let cwd = nix::unistd::getcwd().map_err(|errno| format!("current working directory: {}", errno.desc()))?;
-    if cwd.is_absolute() { Ok(()) } else { Err("current working directory is outside of the container root".to_owned()) }
+    let cwd =
+        nix::unistd::getcwd().map_err(|errno| format!("current working directory: {}", errno.desc()))?;
+    if cwd.is_absolute() {
+        Ok(())
+    } else {
+        Err("current working directory is outside of the container root".to_owned())
+    }
 }
 
 /// Finds the program as runc does: by path if its name has a slash, else in PATH. The words are those that engines look
@@ -197,11 +215,16 @@ fn find_program(name: &str, env: &[String]) -> Result<PathBuf, String> {
             Err(_) => {}
         }
     }
-    if denied { Err(said("permission denied".to_owned())) } else { Err(said("executable file not found in $PATH".to_owned())) }
+    if denied {
+        Err(said("permission denied".to_owned()))
+    } else {
+        Err(said("executable file not found in $PATH".to_owned()))
+    }
 }
 
 fn check_program(path: &Path) -> Result<(), Errno> {
-    let facts = std::fs::metadata(path).map_err(|error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))?;
+    let facts =
+        std::fs::metadata(path).map_err(|error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))?;
     if facts.is_dir() {
         return Err(Errno::EISDIR);
     }
@@ -270,11 +293,17 @@ mod tests {
         let env = [format!("PATH=/nowhere:{}", dir.path().display())];
         assert_eq!(find_program("good", &env), Ok(good.clone()));
         assert_eq!(find_program(good.to_str().unwrap(), &[]), Ok(good));
-        assert_eq!(find_program("gone", &env).unwrap_err(), "exec: \"gone\": executable file not found in $PATH");
+        assert_eq!(
+            find_program("gone", &env).unwrap_err(),
+            "exec: \"gone\": executable file not found in $PATH"
+        );
         assert_eq!(find_program("plain", &env).unwrap_err(), "exec: \"plain\": permission denied");
         let text = find_program(plain.to_str().unwrap(), &[]).unwrap_err();
         assert!(text.ends_with("permission denied"), "{text}");
-        assert_eq!(find_program("/gone", &[]).unwrap_err(), "exec: \"/gone\": stat /gone: no such file or directory");
+        assert_eq!(
+            find_program("/gone", &[]).unwrap_err(),
+            "exec: \"/gone\": stat /gone: no such file or directory"
+        );
         assert!(find_program("/usr", &[]).unwrap_err().ends_with("permission denied"));
     }
 

@@ -64,7 +64,10 @@ impl Launch<'_> {
     ///
     /// # Errors
     /// What `enter`, libcontainer or the container's processes say.
-    pub fn create(self, enter: impl FnOnce() -> Result<PathBuf, LaunchError>) -> Result<Process, LaunchError> {
+    pub fn create(
+        self,
+        enter: impl FnOnce() -> Result<PathBuf, LaunchError>,
+    ) -> Result<Process, LaunchError> {
         let socket = self.dir.join(START_SOCKET);
         let users = UserNamespaceConfig::new(&self.spec).map_err(|e| step("user namespace")(&e))?;
         // Hooks and libcontainer's own files want its forms of config and state.
@@ -93,7 +96,11 @@ impl Launch<'_> {
             let mut words = String::new();
             let mut file = std::fs::File::from(said);
             std::io::Read::read_to_string(&mut file, &mut words).map_err(|e| step("wait for exec")(&e))?;
-            if words.is_empty() { Ok(process) } else { Err(LaunchError::Inside(sink.first_failure().unwrap_or(words))) }
+            if words.is_empty() {
+                Ok(process)
+            } else {
+                Err(LaunchError::Inside(sink.first_failure().unwrap_or(words)))
+            }
         });
         let _gone = std::fs::remove_file(&socket);
         started
@@ -106,7 +113,8 @@ impl Launch<'_> {
     ) -> Result<(Process, OwnedFd, Rc<Sink>), LaunchError> {
         let listener = NotifyListener::new(socket).map_err(|e| step("start socket")(&e))?;
         let console = self.console_socket.map(|path| console(self.dir, path)).transpose()?;
-        let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(|e| step("pipe2")(&e))?;
+        let (reader, writer) =
+            nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(|e| step("pipe2")(&e))?;
         let sink = Rc::clone(&self.init.sink);
         // Its copy in the child is closed by number there; ours goes at the end of this function, so that the reader
         // sees the end.
@@ -126,8 +134,8 @@ impl Launch<'_> {
     ) -> Result<Process, LaunchError> {
         let sink = Rc::clone(&self.init.sink);
         let status = ContainerStatus::Creating;
-        let mut container =
-            Container::new(self.id, status, None, self.bundle, self.dir).map_err(|e| step("container state")(&e))?;
+        let mut container = Container::new(self.id, status, None, self.bundle, self.dir)
+            .map_err(|e| step("container state")(&e))?;
         container.set_annotations(self.spec.annotations().clone());
         let args = ContainerArgs {
             container_type: kind,
@@ -139,7 +147,11 @@ impl Launch<'_> {
             preserve_fds: self.preserve_fds,
             container: Some(container),
             user_ns_config: users,
-            cgroup_config: CgroupConfig { cgroup_path, systemd_cgroup: false, container_name: self.id.to_owned() },
+            cgroup_config: CgroupConfig {
+                cgroup_path,
+                systemd_cgroup: false,
+                container_name: self.id.to_owned(),
+            },
             detached: true,
             executor: Box::new(self.init),
             no_pivot: self.no_pivot,
@@ -164,7 +176,9 @@ impl Launch<'_> {
 /// period of the kernel's each way, some 10 ms; a child just ends there.
 ///
 /// The answer is read when the child has ended, not at the end of the pipe: the waiting init holds a copy of it.
-fn in_child<T: Serialize + DeserializeOwned>(work: impl FnOnce() -> Result<T, LaunchError>) -> Result<T, LaunchError> {
+fn in_child<T: Serialize + DeserializeOwned>(
+    work: impl FnOnce() -> Result<T, LaunchError>,
+) -> Result<T, LaunchError> {
     let flags = nix::fcntl::OFlag::O_CLOEXEC | nix::fcntl::OFlag::O_NONBLOCK;
     let (reader, writer) = nix::unistd::pipe2(flags).map_err(|e| step("pipe2")(&e))?;
     let child = sysbox_sys::process::fork_for(|| {
@@ -187,7 +201,8 @@ fn in_child<T: Serialize + DeserializeOwned>(work: impl FnOnce() -> Result<T, La
 /// Connects to the engine's console socket.
 fn console(dir: &Path, socket: &Path) -> Result<OwnedFd, LaunchError> {
     let name = format!("console-{}", std::process::id());
-    let connected = libcontainer::tty::setup_console_socket(dir, socket, &name).map_err(|e| step("console socket")(&e));
+    let connected =
+        libcontainer::tty::setup_console_socket(dir, socket, &name).map_err(|e| step("console socket")(&e));
     // The link only shortens the path for the connect.
     let _gone = std::fs::remove_file(dir.join(name));
     connected
@@ -229,7 +244,8 @@ pub fn run_hooks(home: &Home, state: &State, time: HookTime) -> Result<(), Launc
     let made = Container::new(state.id.as_str(), status, pid, &state.bundle, &home.dir);
     let mut container = made.map_err(|e| step(attempt)(&e))?;
     container.set_annotations(Some(state.annotations.clone()));
-    libcontainer::hooks::run_hooks(due.as_ref(), Some(&container.state), None, None, None).map_err(|e| step(attempt)(&e))
+    libcontainer::hooks::run_hooks(due.as_ref(), Some(&container.state), None, None, None)
+        .map_err(|e| step(attempt)(&e))
 }
 
 /// The spec for a later process: the namespaces of init by path, nothing to be made or limited, no hooks.

@@ -34,7 +34,8 @@ pub fn apply(pid: i32, asked: &[PosixRlimit], raise: Raise) -> Result<(), LimitE
     if raise == Raise::No {
         return Ok(());
     }
-    let free = RAISED.iter().filter(|(resource, _)| !asked.iter().any(|limit| number(limit.typ()) == *resource));
+    let free =
+        RAISED.iter().filter(|(resource, _)| !asked.iter().any(|limit| number(limit.typ()) == *resource));
     for (resource, hard) in free {
         let now = rlimit::get(pid, *resource)?;
         if now.hard < *hard {

@@ -25,10 +25,18 @@ impl Log {
     /// # Errors
     /// The file not being writable.
     pub fn open(global: &Global) -> std::io::Result<Self> {
-        let file = global.log.as_ref().map(|path| OpenOptions::new().create(true).append(true).open(path)).transpose()?;
+        let file = global
+            .log
+            .as_ref()
+            .map(|path| OpenOptions::new().create(true).append(true).open(path))
+            .transpose()?;
         let level = if global.debug { LevelFilter::DEBUG } else { LevelFilter::OFF };
-        let shown = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_target(false).with_filter(level);
-        let subscriber = tracing_subscriber::registry().with(Events.with_filter(LevelFilter::ERROR)).with(shown);
+        let shown = tracing_subscriber::fmt::layer()
+            .with_writer(std::io::stderr)
+            .with_target(false)
+            .with_filter(level);
+        let subscriber =
+            tracing_subscriber::registry().with(Events.with_filter(LevelFilter::ERROR)).with(shown);
         tracing::subscriber::set_global_default(subscriber).map_err(std::io::Error::other)?;
         Ok(Self { file, format: global.log_format })
     }

@@ -43,7 +43,7 @@ fn main() -> ExitCode {
         // A reader that went away is no failure of ours.
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            log.error(&format!("{error:#}"));
+            log.error(&in_one_line(&error));
             ExitCode::FAILURE
         }
     }
@@ -65,6 +65,22 @@ fn run(call: &Call<'_>, command: &Command) -> anyhow::Result<i32> {
     }
 }
 
+/// The error and its causes, each said once: our own errors name their cause themselves.
+fn in_one_line(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if line.is_empty() {
+            line = cause;
+        } else if !line.contains(&cause) {
+            line = format!("{line}: {cause}");
+        }
+    }
+    line.replace('\n', "; ")
+}
+
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    error.chain().filter_map(|cause| cause.downcast_ref::<std::io::Error>()).any(|io| io.kind() == std::io::ErrorKind::BrokenPipe)
+    error
+        .chain()
+        .filter_map(|cause| cause.downcast_ref::<std::io::Error>())
+        .any(|io| io.kind() == std::io::ErrorKind::BrokenPipe)
 }

@@ -12,7 +12,9 @@ use crate::survey::OVERLAY_MAGIC;
 
 /// Drops what the overlay at `path` has cached and nobody uses. No overlay there: nothing to do.
 pub fn flush(path: &Path) {
-    let Ok(dir) = nix::fcntl::open(path, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty()) else {
+    let Ok(dir) =
+        nix::fcntl::open(path, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
+    else {
         return;
     };
     if !nix::sys::statfs::fstatfs(&dir).is_ok_and(|facts| facts.filesystem_type().0 == OVERLAY_MAGIC) {

@@ -40,7 +40,8 @@ pub fn copy(lowers: &[PathBuf], path: &Path, target: BorrowedFd<'_>) -> sysbox_s
     for lower in lowers.iter().rev() {
         let Some(source) = open_in_layer(lower, path, OFlag::O_RDONLY)? else { continue };
         if !is_empty(source.as_fd())? {
-            run_cp(source.as_fd(), target).named(|| format!("copy {} of layer {}", path.display(), lower.display()))?;
+            run_cp(source.as_fd(), target)
+                .named(|| format!("copy {} of layer {}", path.display(), lower.display()))?;
         }
     }
     Ok(())
@@ -63,7 +64,9 @@ fn run_cp(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> std::io::Result<()> {
     if output.status.success() {
         return Ok(());
     }
-    Err(std::io::Error::other(String::from_utf8_lossy(&output.stderr).lines().next().unwrap_or("cp failed").to_owned()))
+    Err(std::io::Error::other(
+        String::from_utf8_lossy(&output.stderr).lines().next().unwrap_or("cp failed").to_owned(),
+    ))
 }
 
 #[cfg(test)]
@@ -81,7 +84,8 @@ mod tests {
         }
         std::os::unix::fs::chown(layer("low").join("var/lib/docker/b"), Some(77), Some(88)).unwrap();
         let whiteout = layer("top").join("var/lib/docker/overlay2/x/diff/gone");
-        nix::sys::stat::mknod(&whiteout, nix::sys::stat::SFlag::S_IFCHR, nix::sys::stat::Mode::empty(), 0).unwrap();
+        nix::sys::stat::mknod(&whiteout, nix::sys::stat::SFlag::S_IFCHR, nix::sys::stat::Mode::empty(), 0)
+            .unwrap();
         std::fs::create_dir(layer("none")).unwrap();
         std::fs::create_dir(layer("target")).unwrap();
         let target = File::open(layer("target")).unwrap();

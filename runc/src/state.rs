@@ -104,9 +104,15 @@ impl Home {
     /// # Errors
     /// `Exists`, or what mkdir says.
     pub fn create(&self) -> Result<()> {
-        fs::DirBuilder::new().recursive(true).mode(0o711).create(&self.key.root).map_err(io("mkdir", &self.key.root))?;
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o711)
+            .create(&self.key.root)
+            .map_err(io("mkdir", &self.key.root))?;
         match fs::DirBuilder::new().mode(0o711).create(&self.dir) {
-            Err(error) if error.kind() == ErrorKind::AlreadyExists => Err(StateError::Exists { id: self.key.id.clone() }),
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                Err(StateError::Exists { id: self.key.id.clone() })
+            }
             other => other.map_err(io("mkdir", &self.dir)),
         }
     }
@@ -114,14 +120,16 @@ impl Home {
     /// # Errors
     /// What writing, syncing or renaming says.
     pub fn save(&self, state: &State) -> Result<()> {
-        let bytes = serde_json::to_vec(state).map_err(|source| StateError::Parse { path: self.dir.join(STATE), source })?;
+        let bytes = serde_json::to_vec(state)
+            .map_err(|source| StateError::Parse { path: self.dir.join(STATE), source })?;
         self.replace(STATE, &bytes)
     }
 
     /// # Errors
     /// As [`Home::save`].
     pub fn save_spec(&self, spec: &Spec) -> Result<()> {
-        let bytes = serde_json::to_vec(spec).map_err(|source| StateError::Parse { path: self.dir.join(SPEC), source })?;
+        let bytes = serde_json::to_vec(spec)
+            .map_err(|source| StateError::Parse { path: self.dir.join(SPEC), source })?;
         self.replace(SPEC, &bytes)
     }
 
@@ -166,9 +174,14 @@ impl Home {
                 return Err(StateError::NoContainer { id: self.key.id.clone() });
             }
             Err(error) => return Err(io("read", &path)(error)),
-            Ok(bytes) => serde_json::from_slice(&bytes).map_err(|source| StateError::Parse { path: path.clone(), source })?,
+            Ok(bytes) => serde_json::from_slice(&bytes)
+                .map_err(|source| StateError::Parse { path: path.clone(), source })?,
         };
-        if state.version > VERSION { Err(StateError::Newer { path, found: state.version }) } else { Ok(state) }
+        if state.version > VERSION {
+            Err(StateError::Newer { path, found: state.version })
+        } else {
+            Ok(state)
+        }
     }
 
     /// # Errors

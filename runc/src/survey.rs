@@ -55,7 +55,8 @@ pub struct Survey {
 }
 
 /// Host paths that the plan asks about.
-pub const ASKED: &[&str] = &["/dev/fuse", "/dev/net/tun", "/sys/kernel/debug", "/sys/kernel/tracing", "/sys/kernel/config"];
+pub const ASKED: &[&str] =
+    &["/dev/fuse", "/dev/net/tun", "/sys/kernel/debug", "/sys/kernel/tracing", "/sys/kernel/config"];
 
 pub const OVERLAY_MAGIC: i64 = libc::OVERLAYFS_SUPER_MAGIC;
 const CGROUP2_MAGIC: i64 = libc::CGROUP2_SUPER_MAGIC;
@@ -132,14 +133,18 @@ fn sources_of(spec: &Spec, bundle: &Path) -> BTreeMap<PathBuf, Source> {
 /// A directory on the way without the search bit for others closes it (the seed guide's rule 2).
 fn is_exposed(path: &Path) -> bool {
     let Ok(real) = path.canonicalize() else { return false };
-    real.ancestors().filter(|p| p.is_dir()).all(|dir| std::fs::metadata(dir).is_ok_and(|facts| facts.mode() & 0o001 != 0))
+    real.ancestors()
+        .filter(|p| p.is_dir())
+        .all(|dir| std::fs::metadata(dir).is_ok_and(|facts| facts.mode() & 0o001 != 0))
 }
 
 /// Finds the mount at `rootfs` and takes its overlay options apart.
 fn ground_of(rootfs: &Path, mountinfo: &str) -> Result<Ground, SurveyError> {
     // The last one wins: it lies on top.
     let line = mountinfo.lines().rev().find(|line| {
-        line.split(' ').nth(4).is_some_and(|point| unescape_octal(point) == rootfs.as_os_str().as_encoded_bytes())
+        line.split(' ')
+            .nth(4)
+            .is_some_and(|point| unescape_octal(point) == rootfs.as_os_str().as_encoded_bytes())
     });
     let Some((_, tail)) = line.and_then(|line| line.split_once(" - ")) else { return Ok(Ground::Directory) };
     let mut fields = tail.split(' ');
@@ -184,7 +189,9 @@ fn unescape_octal(text: &str) -> Vec<u8> {
     let mut plain = Vec::with_capacity(bytes.len());
     let mut at = 0;
     while at < bytes.len() {
-        let digits = bytes.get(at + 1..at + 4).filter(|d| bytes[at] == b'\\' && d.iter().all(|c| (b'0'..b'8').contains(c)));
+        let digits = bytes
+            .get(at + 1..at + 4)
+            .filter(|d| bytes[at] == b'\\' && d.iter().all(|c| (b'0'..b'8').contains(c)));
         if let Some(d) = digits {
             plain.push(((d[0] - b'0') << 6) | ((d[1] - b'0') << 3) | (d[2] - b'0'));
             at += 4;
@@ -245,12 +252,21 @@ mod tests {
         assert_eq!(ground(&format!("rw,lowerdir=/a:/b,{rest}")), layers(&["/a", "/b"]));
         assert_eq!(ground(&format!("rw,lowerdir+=/a,lowerdir+=/b,{rest}")), layers(&["/a", "/b"]));
         assert_eq!(ground(&format!("rw,lowerdir=l/A:l/B,{rest}")), layers(&["/d/o/l/A", "/d/o/l/B"]));
-        assert_eq!(ground(&format!("rw,lowerdir=/a\\134:b\\040c:/d\\134\\054e,{rest}")), layers(&["/a:b c", "/d,e"]));
+        assert_eq!(
+            ground(&format!("rw,lowerdir=/a\\134:b\\040c:/d\\134\\054e,{rest}")),
+            layers(&["/a:b c", "/d,e"])
+        );
     }
 
     #[test]
     fn a_plain_directory_is_no_overlay() {
-        assert_eq!(ground_of(Path::new("/x"), "36 35 0:50 / / rw - ext4 /dev/vda rw\n").unwrap(), Ground::Directory);
-        assert_eq!(ground_of(Path::new("/"), "36 35 0:50 / / rw - ext4 /dev/vda rw\n").unwrap(), Ground::Directory);
+        assert_eq!(
+            ground_of(Path::new("/x"), "36 35 0:50 / / rw - ext4 /dev/vda rw\n").unwrap(),
+            Ground::Directory
+        );
+        assert_eq!(
+            ground_of(Path::new("/"), "36 35 0:50 / / rw - ext4 /dev/vda rw\n").unwrap(),
+            Ground::Directory
+        );
     }
 }

@@ -72,7 +72,8 @@ impl Machine {
         assert!(nix::unistd::geteuid().is_root(), "need: root");
         let dir = tempfile::Builder::new().prefix("sysbox-test-").tempdir().expect("a temporary directory");
         // Inits in their user namespaces look mount sources up below this.
-        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o711)).expect("chmod of our own directory");
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o711))
+            .expect("chmod of our own directory");
         fs::create_dir(dir.path().join("etc")).expect("mkdir in our own directory");
         // Below the ids of test beds and of the user's containers; another process's tests take other places.
         let place = (std::process::id().wrapping_mul(7) + NEXT.fetch_add(1, Ordering::Relaxed)) % 1024;
@@ -128,7 +129,9 @@ impl Machine {
     /// Whether the manager keeps the descriptor of the FUSE connection: until it does, the death of sysbox-fs is final.
     pub fn keeps_fuse(&self) -> bool {
         use sysbox_ipc::mgr::{Reply, Request};
-        let Ok(mgr) = sysbox_sys::socket::Connection::connect(&self.path("run/mgr.sock")) else { return false };
+        let Ok(mgr) = sysbox_sys::socket::Connection::connect(&self.path("run/mgr.sock")) else {
+            return false;
+        };
         let hello = Request::Hello(sysbox_ipc::Hello::from_program("sysbox-fs"));
         let name = format!("fuse:{}", self.path("fs").display());
         mgr.call::<_, Reply>(&hello, &[]).is_ok()
@@ -149,11 +152,19 @@ impl Machine {
         let dir = self.path(name);
         fs::create_dir_all(dir.join("rootfs/bin")).expect("mkdir in our own directory");
         fs::copy(busybox(), dir.join("rootfs/bin/busybox")).expect("copy busybox");
-        for applet in ["sh", "cat", "id", "mount", "umount", "sleep", "true", "ls", "echo", "mkdir", "touch", "stat", "chown", "rm"] {
-            std::os::unix::fs::symlink("busybox", dir.join("rootfs/bin").join(applet)).expect("link an applet");
+        for applet in [
+            "sh", "cat", "id", "mount", "umount", "sleep", "true", "ls", "echo", "mkdir", "touch", "stat",
+            "chown", "rm",
+        ] {
+            std::os::unix::fs::symlink("busybox", dir.join("rootfs/bin").join(applet))
+                .expect("link an applet");
         }
         let bundle = Bundle { dir };
-        Command::new(programs().join("sysbox-runc")).args(["spec", "--bundle"]).arg(&bundle.dir).status().expect("run spec");
+        Command::new(programs().join("sysbox-runc"))
+            .args(["spec", "--bundle"])
+            .arg(&bundle.dir)
+            .status()
+            .expect("run spec");
         bundle.edit(|config| {
             config["process"]["terminal"] = json!(false);
             config["process"]["args"] = json!(args);
@@ -225,7 +236,12 @@ pub fn cgroups(name: &str) -> Vec<String> {
     let top = Path::new("/sys/fs/cgroup");
     let mut roots = vec![top.to_owned()];
     roots.extend(fs::read_dir(top).into_iter().flatten().flatten().map(|entry| entry.path()));
-    roots.iter().map(|root| root.join(name)).filter(|path| path.is_dir()).map(|path| path.display().to_string()).collect()
+    roots
+        .iter()
+        .map(|root| root.join(name))
+        .filter(|path| path.is_dir())
+        .map(|path| path.display().to_string())
+        .collect()
 }
 
 fn kill(child: Option<Child>) {
@@ -274,7 +290,9 @@ impl Drop for Machine {
         let point = self.path("fs").display().to_string();
         if mounted.lines().any(|line| line.contains(&point)) {
             // The directory must not be deleted through a mount.
-            if let Err(errno) = nix::mount::umount2(self.path("fs").as_path(), nix::mount::MntFlags::MNT_DETACH) {
+            if let Err(errno) =
+                nix::mount::umount2(self.path("fs").as_path(), nix::mount::MntFlags::MNT_DETACH)
+            {
                 eprintln!("umount {point}: {errno}");
                 self.dir.disable_cleanup(true);
             }
@@ -296,22 +314,29 @@ impl Bundle {
 
     pub fn edit(&self, change: impl FnOnce(&mut Value)) {
         let path = self.dir.join("config.json");
-        let mut config = serde_json::from_slice(&fs::read(&path).expect("a bundle has a config")).expect("which is JSON");
+        let mut config =
+            serde_json::from_slice(&fs::read(&path).expect("a bundle has a config")).expect("which is JSON");
         change(&mut config);
         fs::write(&path, config.to_string()).expect("write config.json");
     }
 
     pub fn mount(&self, destination: &str, source: &Path, options: &[&str]) {
         self.edit(|config| {
-            let mount = json!({"destination": destination, "type": "bind", "source": source, "options": options});
+            let mount =
+                json!({"destination": destination, "type": "bind", "source": source, "options": options});
             config["mounts"].as_array_mut().expect("a config has mounts").push(mount);
         });
     }
 
     /// Every path below the rootfs with owner and mode, to be compared before and after.
     pub fn inventory(&self) -> Vec<String> {
-        let listed = Command::new("find").arg(self.rootfs()).args(["-printf", "%P %U:%G %m %y\n"]).output().expect("run find");
-        let mut lines: Vec<String> = String::from_utf8_lossy(&listed.stdout).lines().map(str::to_owned).collect();
+        let listed = Command::new("find")
+            .arg(self.rootfs())
+            .args(["-printf", "%P %U:%G %m %y\n"])
+            .output()
+            .expect("run find");
+        let mut lines: Vec<String> =
+            String::from_utf8_lossy(&listed.stdout).lines().map(str::to_owned).collect();
         lines.sort();
         lines
     }

@@ -20,7 +20,11 @@ impl ContainerId {
     pub fn parse(name: &str) -> Result<Self, InvalidId> {
         let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '+' | '-' | '.');
         let fits = (1..=1024).contains(&name.len()) && name != "." && name != "..";
-        if fits && name.chars().all(legal) { Ok(Self(name.to_owned())) } else { Err(InvalidId(name.chars().take(80).collect())) }
+        if fits && name.chars().all(legal) {
+            Ok(Self(name.to_owned()))
+        } else {
+            Err(InvalidId(name.chars().take(80).collect()))
+        }
     }
 
     pub fn as_str(&self) -> &str {
@@ -62,7 +66,11 @@ impl ContainerKey {
 
     /// A file name for this key: unique, legal in every file system, and stable over releases (it names files on disk).
     pub fn slug(&self) -> String {
-        let hash = fnv1a(self.root.as_os_str().as_encoded_bytes().iter().chain(b"\0").chain(self.id.as_str().as_bytes()));
+        let hash = fnv1a(
+            [self.root.as_os_str().as_encoded_bytes(), b"\0", self.id.as_str().as_bytes()]
+                .concat()
+                .as_slice(),
+        );
         let head: String = self.id.as_str().chars().take(200).collect();
         format!("{head}-{hash:016x}")
     }
@@ -74,9 +82,11 @@ impl fmt::Display for ContainerKey {
     }
 }
 
-/// FNV-1a, 64 bit: std's hasher promises nothing across releases, and these names are on disk.
-fn fnv1a<'a>(bytes: impl Iterator<Item = &'a u8>) -> u64 {
-    bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
+/// FNV-1a, 64 bit, for names of files: std's hasher promises nothing across releases, and these names are on disk.
+pub fn fnv1a(bytes: &[u8]) -> u64 {
+    bytes
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
 #[cfg(test)]
@@ -95,7 +105,8 @@ mod tests {
 
     #[test]
     fn slugs_differ_by_root_and_stay_as_they_are() {
-        let key = |root: &str, id: &str| ContainerKey::new(Path::new(root), ContainerId::parse(id).unwrap()).slug();
+        let key =
+            |root: &str, id: &str| ContainerKey::new(Path::new(root), ContainerId::parse(id).unwrap()).slug();
         assert_ne!(key("/run/a", "c"), key("/run/b", "c"));
         assert_eq!(key("/run/sysbox-runc", "c"), "c-9632c0790dbc4c2a");
         assert!(key("/r", &"x".repeat(1024)).len() < 255);

@@ -26,9 +26,14 @@ pub enum Request {
         root_gid: u32,
     },
     /// The container's init exists.
-    Register { key: ContainerKey, init: Process },
+    Register {
+        key: ContainerKey,
+        init: Process,
+    },
     /// The container is gone. Unknown keys are no error.
-    Unregister { key: ContainerKey },
+    Unregister {
+        key: ContainerKey,
+    },
     /// Which containers are known, for `check` and tests, in the order of their keys: as many as fit in a message, from the
     /// first one after `after`.
     List {

@@ -142,8 +142,10 @@ fn check_lines(kind: &'static str, lines: &[IdMapLine]) -> Result<(), IdMapError
             return Err(IdMapError::HostRoot { kind });
         }
         for other in &lines[..at] {
-            let (other_from, other_to) =
-                (IdRange { start: other.inside, count: other.count }, IdRange { start: other.outside, count: other.count });
+            let (other_from, other_to) = (
+                IdRange { start: other.inside, count: other.count },
+                IdRange { start: other.outside, count: other.count },
+            );
             if from.overlaps(other_from) || to.overlaps(other_to) {
                 return Err(IdMapError::Overlap { kind });
             }
@@ -183,7 +185,10 @@ mod tests {
         for (bad, why) in [
             (vec![], IdMapError::Empty { kind: "uid" }),
             (vec![line(0, 5, 0)], IdMapError::NoIds { kind: "uid" }),
-            (vec![line(0, u32::MAX, 1)], IdMapError::Overflow { kind: "uid", inside: 0, outside: u32::MAX, count: 1 }),
+            (
+                vec![line(0, u32::MAX, 1)],
+                IdMapError::Overflow { kind: "uid", inside: 0, outside: u32::MAX, count: 1 },
+            ),
             (vec![line(0, 10, 5), line(4, 100, 2)], IdMapError::Overlap { kind: "uid" }),
             (vec![line(0, 10, 5), line(5, 14, 2)], IdMapError::Overlap { kind: "uid" }),
             (vec![line(1, 10, 5)], IdMapError::NoRoot { kind: "uid" }),

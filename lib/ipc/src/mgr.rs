@@ -30,10 +30,15 @@ pub enum Request {
     /// `create`: asks for what the container needs. Repeated after a stop, it gives the same ids again.
     Register(Box<Register>),
     /// The container's init exists. Until then the record belongs to the runtime process that registered it.
-    Started { key: ContainerKey, init: Process },
+    Started {
+        key: ContainerKey,
+        init: Process,
+    },
     /// `delete`. The record goes unless the writable layer is still there; then it waits for `docker start` or for the
     /// layer's end. Unknown keys are no error: a delete may be repeated.
-    Release { key: ContainerKey },
+    Release {
+        key: ContainerKey,
+    },
     /// Host facts alone, for `features` and `check`.
     Facts,
     /// The records in the order of their keys, for sysbox-fs after a restart and for `check`: as many as fit in a message,
@@ -43,11 +48,17 @@ pub enum Request {
         after: Option<ContainerKey>,
     },
     /// Keeps a copy of the descriptor that comes with this message, under `name`, replacing an older one.
-    VaultPut { name: String },
+    VaultPut {
+        name: String,
+    },
     /// Gives back a copy of a kept descriptor (with [`Reply::Descriptor`]), or `NotFound`.
-    VaultGet { name: String },
+    VaultGet {
+        name: String,
+    },
     /// Forgets a kept descriptor. Unknown names are no error.
-    VaultDrop { name: String },
+    VaultDrop {
+        name: String,
+    },
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -89,7 +89,12 @@ pub fn clone_fd(fd: BorrowedFd<'_>, depth: Depth) -> Result<OwnedFd> {
     clone_at(fd, Path::new(""), depth)
 }
 
-fn setattr(mount: BorrowedFd<'_>, depth: Depth, attr: libc::mount_attr, what: impl FnOnce() -> String) -> Result<()> {
+fn setattr(
+    mount: BorrowedFd<'_>,
+    depth: Depth,
+    attr: libc::mount_attr,
+    what: impl FnOnce() -> String,
+) -> Result<()> {
     let recursive = if depth == Depth::Tree { libc::AT_RECURSIVE } else { 0 };
     let flags = libc::AT_EMPTY_PATH | recursive;
     let size = size_of::<libc::mount_attr>();
@@ -105,8 +110,10 @@ fn setattr(mount: BorrowedFd<'_>, depth: Depth, attr: libc::mount_attr, what: im
 /// # Errors
 /// `EINVAL`: the file system cannot, or the mount is attached; `EPERM`: it is shifted already.
 pub fn set_idmap(mount: BorrowedFd<'_>, userns: BorrowedFd<'_>, depth: Depth) -> Result<()> {
-    let fd = u64::try_from(userns.as_raw_fd()).map_err(|_| SysError::new(Errno::EBADF, "userns descriptor"))?;
-    let attr = libc::mount_attr { attr_set: libc::MOUNT_ATTR_IDMAP, attr_clr: 0, propagation: 0, userns_fd: fd };
+    let fd =
+        u64::try_from(userns.as_raw_fd()).map_err(|_| SysError::new(Errno::EBADF, "userns descriptor"))?;
+    let attr =
+        libc::mount_attr { attr_set: libc::MOUNT_ATTR_IDMAP, attr_clr: 0, propagation: 0, userns_fd: fd };
     setattr(mount, depth, attr, || format!("mount_setattr({}, IDMAP)", mount.as_raw_fd()))
 }
 
@@ -250,7 +257,8 @@ impl FsContext {
     pub fn mount(&self, attributes: Attributes) -> Result<OwnedFd> {
         let bits = attributes.bits();
         // SAFETY: three integers; the descriptor is open for the call's time.
-        let raw = unsafe { libc::syscall(libc::SYS_fsmount, self.fd.as_raw_fd(), libc::FSMOUNT_CLOEXEC, bits) };
+        let raw =
+            unsafe { libc::syscall(libc::SYS_fsmount, self.fd.as_raw_fd(), libc::FSMOUNT_CLOEXEC, bits) };
         owned(raw, || format!("fsmount({})", self.name))
     }
 }

@@ -75,7 +75,12 @@ pub fn make_in_root(root: BorrowedFd<'_>, path: &Path, kind: Kind) -> Result<Mad
                 }
                 Err(_) if name == ".." => return Err(error),
                 Err(_) => {
-                    make_one(here.as_fd(), &name, if pending.is_empty() { kind } else { Kind::Directory }, &walked)?;
+                    make_one(
+                        here.as_fd(),
+                        &name,
+                        if pending.is_empty() { kind } else { Kind::Directory },
+                        &walked,
+                    )?;
                     created.push(walked.clone());
                     here = open_in_root(root, &walked, OFlag::O_PATH | OFlag::O_NOFOLLOW)?;
                 }
@@ -85,7 +90,9 @@ pub fn make_in_root(root: BorrowedFd<'_>, path: &Path, kind: Kind) -> Result<Mad
     let mode = fstat(&here).named(|| format!("fstat({})", path.display()))?.st_mode;
     let is_directory = SFlag::from_bits_truncate(mode & SFlag::S_IFMT.bits()) == SFlag::S_IFDIR;
     match (kind, is_directory) {
-        (Kind::Directory, false) => Err(SysError::new(Errno::ENOTDIR, format!("mount target {}", path.display()))),
+        (Kind::Directory, false) => {
+            Err(SysError::new(Errno::ENOTDIR, format!("mount target {}", path.display())))
+        }
         (Kind::File, true) => Err(SysError::new(Errno::EISDIR, format!("mount target {}", path.display()))),
         _ => Ok(Made { fd: here, created }),
     }

@@ -65,7 +65,11 @@ pub fn pidfd_open(process: Process) -> Result<OwnedFd> {
     // SAFETY: the kernel returned this new descriptor to us alone.
     let fd = unsafe { OwnedFd::from_raw_fd(raw) };
     // The pid was ours to begin with only if the start time still agrees after the descriptor pinned it.
-    if start_ticks(process.pid)? == process.start_ticks { Ok(fd) } else { Err(SysError::new(Errno::ESRCH, what())) }
+    if start_ticks(process.pid)? == process.start_ticks {
+        Ok(fd)
+    } else {
+        Err(SysError::new(Errno::ESRCH, what()))
+    }
 }
 
 /// pidfd_send_signal(2), Linux 5.1. Signal 0 only asks.

@@ -28,6 +28,7 @@ pub fn load(program: &[Instruction], flags: u32) -> Result<()> {
     let fprog = libc::sock_fprog { len: length, filter: program.as_ptr().cast_mut().cast() };
     // SAFETY: `Instruction` has the layout of sock_filter, `fprog` names `length` of them, and both live through the call,
     // which copies the program.
-    let done = unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &raw const fprog) };
+    let done =
+        unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &raw const fprog) };
     Errno::result(done).map(drop).named(what)
 }

@@ -11,8 +11,8 @@ use std::time::Duration;
 use nix::cmsg_space;
 use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, accept4, bind,
-    connect, getsockopt, listen, recvmsg, sendmsg, setsockopt, socket, sockopt,
+    AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr,
+    accept4, bind, connect, getsockopt, listen, recvmsg, sendmsg, setsockopt, socket, sockopt,
 };
 use nix::sys::time::TimeVal;
 use serde::Serialize;
@@ -60,7 +60,8 @@ impl Listener {
             }
             _ => {}
         }
-        let fd = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).named(shown)?;
+        let fd =
+            socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).named(shown)?;
         let address = UnixAddr::new(path).named(shown)?;
         // No other thread creates files yet when a daemon binds; the mode must be right from the first moment.
         let old = nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o177));
@@ -109,7 +110,8 @@ impl Connection {
     /// `connect` failing (`ENOENT`, `ECONNREFUSED`: no daemon), or a peer that is not root.
     pub fn connect(path: &Path) -> std::result::Result<Self, SocketError> {
         let shown = || format!("connect({})", path.display());
-        let fd = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).named(shown)?;
+        let fd =
+            socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).named(shown)?;
         let address = UnixAddr::new(path).named(shown)?;
         connect(fd.as_raw_fd(), &address).named(shown)?;
         let connection = Self { fd };
@@ -122,11 +124,10 @@ impl Connection {
     /// # Errors
     /// `setsockopt` failing.
     pub fn set_timeout(&self, limit: Duration) -> Result<()> {
-        let value = TimeVal::new(
-            limit.as_secs().try_into().unwrap_or(i64::MAX),
-            limit.subsec_micros().into(),
-        );
-        setsockopt(&self.fd, sockopt::ReceiveTimeout, &value).named(|| "setsockopt(SO_RCVTIMEO)".to_owned())?;
+        let value =
+            TimeVal::new(limit.as_secs().try_into().unwrap_or(i64::MAX), limit.subsec_micros().into());
+        setsockopt(&self.fd, sockopt::ReceiveTimeout, &value)
+            .named(|| "setsockopt(SO_RCVTIMEO)".to_owned())?;
         setsockopt(&self.fd, sockopt::SendTimeout, &value).named(|| "setsockopt(SO_SNDTIMEO)".to_owned())
     }
 
@@ -150,7 +151,11 @@ impl Connection {
     ///
     /// # Errors
     /// A message over the limit, or `sendmsg` failing (`EPIPE`: the peer is gone).
-    pub fn send<T: Serialize>(&self, message: &T, fds: &[BorrowedFd<'_>]) -> std::result::Result<(), SocketError> {
+    pub fn send<T: Serialize>(
+        &self,
+        message: &T,
+        fds: &[BorrowedFd<'_>],
+    ) -> std::result::Result<(), SocketError> {
         let bytes = serde_json::to_vec(message).map_err(SocketError::Malformed)?;
         if bytes.len() > MAX_MESSAGE {
             return Err(SocketError::TooLong { bytes: bytes.len() });
@@ -159,7 +164,13 @@ impl Connection {
         let rights = [ControlMessage::ScmRights(&raw)];
         let control: &[ControlMessage<'_>] = if raw.is_empty() { &[] } else { &rights };
         loop {
-            match sendmsg::<()>(self.fd.as_raw_fd(), &[IoSlice::new(&bytes)], control, MsgFlags::MSG_NOSIGNAL, None) {
+            match sendmsg::<()>(
+                self.fd.as_raw_fd(),
+                &[IoSlice::new(&bytes)],
+                control,
+                MsgFlags::MSG_NOSIGNAL,
+                None,
+            ) {
                 Ok(_) => return Ok(()),
                 Err(Errno::EINTR) => {}
                 Err(errno) => return Err(SysError::new(errno, "sendmsg").into()),
@@ -176,7 +187,8 @@ impl Connection {
         let mut space = cmsg_space!([RawFd; MAX_FDS]);
         let (length, fds, cut) = loop {
             let mut parts = [IoSliceMut::new(&mut buffer)];
-            match recvmsg::<()>(self.fd.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC) {
+            match recvmsg::<()>(self.fd.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)
+            {
                 Ok(received) => {
                     let mut fds = Vec::new();
                     let control = received.cmsgs().named(|| "recvmsg control data".to_owned())?;

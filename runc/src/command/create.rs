@@ -14,7 +14,7 @@ use sysbox_ipc::mgr::{FileId, Grant, Process, Register, Rootfs};
 use super::{Call, write_pid_file};
 use crate::apply::{self, Staged};
 use crate::bundle::{self, Bundle};
-use crate::cgroup::{Cgroup, locate};
+use crate::cgroup::{Cgroup, begin_grace_period, locate};
 use crate::cli::CreateArgs;
 use crate::daemons::{Fs, Mgr};
 use crate::filter::{self, Filter};
@@ -54,6 +54,7 @@ fn attempt<'a>(call: &Call<'_>, args: &CreateArgs, home: &'a Home, undo: &mut Un
     let survey = survey::look(&bundle)?;
     let own_map = plan::own_map(&bundle.spec)?;
     let register = register(home, &bundle, &survey, own_map)?;
+    begin_grace_period();
     let mgr = Rc::new(Mgr::connect(&call.global.run_dir)?);
     let fs = Rc::new(Fs::connect(&call.global.run_dir)?);
 
@@ -71,7 +72,8 @@ fn attempt<'a>(call: &Call<'_>, args: &CreateArgs, home: &'a Home, undo: &mut Un
     for warning in &plan.warnings {
         call.log.warn(warning);
     }
-    let filter = plan.seccomp.as_ref().map(filter::compile).transpose()?;
+    let kept = call.global.run_dir.join("filters");
+    let filter = plan.seccomp.as_ref().map(|profile| filter::compile_cached(profile, &kept)).transpose()?;
     let asked = bundle.spec.linux().as_ref().and_then(|linux| linux.cgroups_path().clone());
     let cgroup = locate(asked.as_deref(), &home.key.slug(), call.global.systemd_cgroup)?;
     cgroup.require_free()?;
@@ -132,7 +134,8 @@ fn launch(
     home.save_filter(filter.as_ref())?;
     let map = &grant.id_map;
     let (uid, gid) = (map.host_uid(plan.entry.uid), map.host_gid(plan.entry.gid));
-    own_stdio(uid.unwrap_or(map.root_uid()), gid.unwrap_or(map.root_gid())).context("give stdio to the container")?;
+    own_stdio(uid.unwrap_or(map.root_uid()), gid.unwrap_or(map.root_gid()))
+        .context("give stdio to the container")?;
     let sink = Rc::new(Sink::open().context("pipe for errors")?);
     let keyring = (!args.no_new_keyring).then(|| format!("_ses.{}", args.id));
     let launch = Launch {
@@ -149,9 +152,11 @@ fn launch(
     let mut cgroup = state.cgroup.clone();
     let enter = || {
         cgroup.make(&plan.resources, &args.id).map_err(|error| LaunchError::Cgroup(error.to_string()))?;
-        // The parent is known only now where systemd chose it, and a `delete --force` must find it.
-        let known = State { cgroup: cgroup.clone(), ..state.clone() };
-        home.save(&known).map_err(|error| step("save the state")(&error))?;
+        if cgroup != state.cgroup {
+            // systemd chose the parent only now, and a `delete --force` must find it.
+            let known = State { cgroup: cgroup.clone(), ..state.clone() };
+            home.save(&known).map_err(|error| step("save the state")(&error))?;
+        }
         Ok(cgroup.delegated())
     };
     let made = launch.create(enter).map_err(anyhow::Error::from);
@@ -183,7 +188,8 @@ fn register(
     id_map: Option<sysbox_ipc::IdMap>,
 ) -> Result<Register> {
     let look = |path: &Path| {
-        let facts = std::fs::metadata(path).with_context(|| format!("network namespace {}", path.display()))?;
+        let facts =
+            std::fs::metadata(path).with_context(|| format!("network namespace {}", path.display()))?;
         anyhow::Ok(FileId { dev: facts.dev(), ino: facts.ino() })
     };
     let netns = plan::netns_path(&bundle.spec).map(look).transpose()?;
@@ -195,7 +201,9 @@ fn register(
         bundle: bundle.dir.clone(),
         runtime: sysbox_sys::process::myself()?,
         rootfs: match &survey.ground {
-            Ground::Overlay(overlay) => Rootfs::Overlay { merged: bundle.rootfs.clone(), upper: overlay.upper.clone() },
+            Ground::Overlay(overlay) => {
+                Rootfs::Overlay { merged: bundle.rootfs.clone(), upper: overlay.upper.clone() }
+            }
             Ground::Directory => Rootfs::Directory { path: bundle.rootfs.clone() },
         },
         id_map,
@@ -239,7 +247,8 @@ fn join_given_namespaces(mut spec: Spec, grant: &Grant) -> Result<Spec> {
             _ => continue,
         };
         if let Some(path) = namespace.path() {
-            let file = std::fs::File::open(path).with_context(|| format!("open namespace {}", path.display()))?;
+            let file =
+                std::fs::File::open(path).with_context(|| format!("open namespace {}", path.display()))?;
             setns(&file, flag).with_context(|| format!("join namespace {}", path.display()))?;
         }
     }

@@ -27,6 +27,7 @@ pub fn exec(call: &Call<'_>, args: &ExecArgs) -> Result<i32> {
     let (Some(init), Status::Running | Status::Created) = (state.init, home.status(&state)) else {
         bail!("cannot exec in a stopped container");
     };
+    crate::cgroup::begin_grace_period();
     let process = process_of(args, &state.process)?;
     let entry = plan::entry(&process, &state.id_map, &state.facts)?;
     let reduced = plan::for_libcontainer(process.clone(), entry.apparmor.clone());
@@ -42,7 +43,8 @@ pub fn exec(call: &Call<'_>, args: &ExecArgs) -> Result<i32> {
     crate::overlay::flush(&state.rootfs);
     let map = &state.id_map;
     let (uid, gid) = (map.host_uid(entry.uid), map.host_gid(entry.gid));
-    own_stdio(uid.unwrap_or(map.root_uid()), gid.unwrap_or(map.root_gid())).context("give stdio to the container")?;
+    own_stdio(uid.unwrap_or(map.root_uid()), gid.unwrap_or(map.root_gid()))
+        .context("give stdio to the container")?;
     let sink = Rc::new(Sink::open().context("pipe for errors")?);
     let init_pid = Pid::from_raw(init.pid);
     let launch = Launch {
@@ -58,7 +60,8 @@ pub fn exec(call: &Call<'_>, args: &ExecArgs) -> Result<i32> {
     };
     let raise = if state.facts.raise_rlimits { Raise::Yes } else { Raise::No };
     let enter = || {
-        let entered = state.cgroup.enter_for_exec(init_pid).and_then(|()| state.cgroup.path_for_exec(init_pid));
+        let entered =
+            state.cgroup.enter_for_exec(init_pid).and_then(|()| state.cgroup.path_for_exec(init_pid));
         entered.map_err(|e| LaunchError::Cgroup(e.to_string()))
     };
     let started = launch.exec(enter, |made| {
@@ -137,7 +140,8 @@ mod tests {
     fn users_are_numbers_or_nothing() {
         assert_eq!(parse_user("7", 3).unwrap(), (7, 3));
         assert_eq!(parse_user("7:8", 3).unwrap(), (7, 8));
-        for bad in ["", ":", "1:", ":1", "root", "-1", "+1", "0x0", "1 ", "4294967295", "4294967296", "1:2:3"] {
+        for bad in ["", ":", "1:", ":1", "root", "-1", "+1", "0x0", "1 ", "4294967295", "4294967296", "1:2:3"]
+        {
             assert!(parse_user(bad, 0).is_err(), "{bad:?}");
         }
     }

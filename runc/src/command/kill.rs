@@ -35,7 +35,9 @@ pub fn kill(call: &Call<'_>, args: &KillArgs) -> Result<()> {
 
 fn send_to_pid(pid: i32, signal: i32) -> Result<()> {
     let Ok(process) = sysbox_sys::process::identify(pid) else { return Ok(()) };
-    match sysbox_sys::process::pidfd_open(process).and_then(|fd| sysbox_sys::process::pidfd_send_signal(&fd, signal)) {
+    match sysbox_sys::process::pidfd_open(process)
+        .and_then(|fd| sysbox_sys::process::pidfd_send_signal(&fd, signal))
+    {
         Err(error) if error.errno == Errno::ESRCH => Ok(()),
         other => Ok(other?),
     }
@@ -74,7 +76,9 @@ mod tests {
 
     #[test]
     fn signals_have_names_and_numbers() {
-        for (text, expected) in [("9", 9), ("KILL", 9), ("sigterm", 15), ("0", 0), ("SIGRTMIN+3", 37), ("RTMAX", 64)] {
+        for (text, expected) in
+            [("9", 9), ("KILL", 9), ("sigterm", 15), ("0", 0), ("SIGRTMIN+3", 37), ("RTMAX", 64)]
+        {
             assert_eq!(number(text).unwrap(), expected, "{text}");
         }
         for text in ["", "65", "-1", "SIGNOPE", "RTMIN+99", "RTMIN3"] {

@@ -41,10 +41,12 @@ pub fn list(call: &Call<'_>, format: OutputFormat, quiet: bool) -> Result<()> {
         rows.extend(documents.iter().map(|document| {
             KEYS.map(|key| if key == "owner" { "root".to_owned() } else { text(document, key) })
         }));
-        let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or_default().max(8) + 4;
+        let width =
+            |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or_default().max(8) + 4;
         let widths: Vec<usize> = (0..KEYS.len()).map(width).collect();
         for row in &rows {
-            let line: String = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+            let line: String =
+                row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
             writeln!(out, "{}", line.trim_end())?;
         }
     }

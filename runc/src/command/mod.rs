@@ -35,6 +35,10 @@ impl Call<'_> {
     /// An id that no container can have.
     pub fn home(&self, id: &str) -> Result<Home> {
         let root = std::path::absolute(&self.global.root).context("--root")?;
+        if root.starts_with("/dev") {
+            // A create lays the container's devices over /dev in its own namespace.
+            anyhow::bail!("--root: {} must not be below /dev", root.display());
+        }
         Ok(Home::of(&root, ContainerId::parse(id)?))
     }
 }

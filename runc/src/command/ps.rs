@@ -26,7 +26,8 @@ pub fn ps(call: &Call<'_>, id: &str, format: OutputFormat, options: &[String]) -
     let text = String::from_utf8_lossy(&listed.stdout);
     let mut lines = text.lines();
     let head = lines.next().unwrap_or_default();
-    let column = head.split_whitespace().position(|name| name == "PID").context("ps: no PID column in its output")?;
+    let column =
+        head.split_whitespace().position(|name| name == "PID").context("ps: no PID column in its output")?;
     writeln!(out, "{head}")?;
     for line in lines {
         let pid = line.split_whitespace().nth(column).and_then(|field| field.parse::<i32>().ok());

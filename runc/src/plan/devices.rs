@@ -53,7 +53,8 @@ pub(super) fn plan(spec: &Spec, survey: &Survey, map: &IdMap) -> Result<Vec<Node
         gid: map.root_gid(),
         standard,
     };
-    let mut nodes: Vec<Node> = STANDARD.iter().map(|(path, major, minor)| plain(path, *major, *minor, true)).collect();
+    let mut nodes: Vec<Node> =
+        STANDARD.iter().map(|(path, major, minor)| plain(path, *major, *minor, true)).collect();
     let machine = MACHINE.iter().filter(|(path, ..)| survey.present.contains(path));
     nodes.extend(machine.map(|(path, major, minor)| plain(path, *major, *minor, false)));
     let asked = spec.linux().as_ref().and_then(|linux| linux.devices().as_ref()).into_iter().flatten();
@@ -67,7 +68,8 @@ pub(super) fn plan(spec: &Spec, survey: &Survey, map: &IdMap) -> Result<Vec<Node
         if NOT_NODES.iter().any(|other| Path::new(other) == path) {
             continue;
         }
-        let number = |value: i64| u32::try_from(value).map_err(|_| PlanError::DevicePath { path: path.clone() });
+        let number =
+            |value: i64| u32::try_from(value).map_err(|_| PlanError::DevicePath { path: path.clone() });
         let standard = nodes.iter().any(|node| node.path == *path && node.standard);
         nodes.retain(|node| node.path != *path);
         nodes.push(Node {

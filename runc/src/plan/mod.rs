@@ -9,8 +9,8 @@ mod profile;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{
-    LinuxIdMapping, LinuxIdMappingBuilder, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources,
-    LinuxSeccomp, LinuxTimeOffsetBuilder, PosixRlimit, Spec,
+    LinuxIdMapping, LinuxIdMappingBuilder, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType,
+    LinuxResources, LinuxSeccomp, LinuxTimeOffsetBuilder, PosixRlimit, Spec,
 };
 use sysbox_ipc::fs::Prepared;
 use sysbox_ipc::mgr::{Claim, DATA_ROOTS, FileId, Grant};
@@ -114,7 +114,11 @@ pub struct LayerRoot {
 pub fn own_map(spec: &Spec) -> Result<Option<IdMap>, PlanError> {
     let Some(linux) = spec.linux() else { return Ok(None) };
     let lines = |mappings: &Option<Vec<LinuxIdMapping>>| -> Vec<IdMapLine> {
-        let line = |m: &LinuxIdMapping| IdMapLine { inside: m.container_id(), outside: m.host_id(), count: m.size() };
+        let line = |m: &LinuxIdMapping| IdMapLine {
+            inside: m.container_id(),
+            outside: m.host_id(),
+            count: m.size(),
+        };
         merge(mappings.iter().flatten().map(line).collect())
     };
     let (uids, gids) = (lines(linux.uid_mappings()), lines(linux.gid_mappings()));
@@ -257,7 +261,8 @@ fn mappings(lines: &[IdMapLine]) -> Result<Vec<LinuxIdMapping>, PlanError> {
 fn namespaces(linux: &oci_spec::runtime::Linux, grant: &Grant) -> Vec<LinuxNamespace> {
     let mut all = linux.namespaces().clone().unwrap_or_default();
     let has = |all: &[LinuxNamespace], typ| all.iter().any(|namespace| namespace.typ() == typ);
-    let new = |typ| LinuxNamespaceBuilder::default().typ(typ).build().expect("a namespace needs its type alone");
+    let new =
+        |typ| LinuxNamespaceBuilder::default().typ(typ).build().expect("a namespace needs its type alone");
     if let Some(host) = grant.share_with {
         all.retain(|namespace| namespace.typ() != LinuxNamespaceType::User);
         let mut user = new(LinuxNamespaceType::User);
@@ -295,9 +300,18 @@ type Sysctls = std::collections::HashMap<String, String>;
 /// Takes the domain name out (it has a call of its own), and fits ping_group_range to the ids there are: Docker asks for
 /// the whole range, which the kernel refuses for gids that are not mapped.
 fn sysctls(mut asked: Sysctls, map: &IdMap) -> Result<(Sysctls, Option<String>), PlanError> {
-    const NAMESPACED: &[&str] =
-        &["kernel.sem", "kernel.msgmax", "kernel.msgmnb", "kernel.msgmni", "kernel.shmall", "kernel.shmmax",
-          "kernel.shmmni", "kernel.shm_rmid_forced", "kernel.ns_last_pid", "kernel.pid_max"];
+    const NAMESPACED: &[&str] = &[
+        "kernel.sem",
+        "kernel.msgmax",
+        "kernel.msgmnb",
+        "kernel.msgmni",
+        "kernel.shmall",
+        "kernel.shmmax",
+        "kernel.shmmni",
+        "kernel.shm_rmid_forced",
+        "kernel.ns_last_pid",
+        "kernel.pid_max",
+    ];
     let domainname = asked.remove("kernel.domainname");
     for key in asked.keys() {
         let dotted = key.replace('/', ".");
@@ -311,7 +325,8 @@ fn sysctls(mut asked: Sysctls, map: &IdMap) -> Result<(Sysctls, Option<String>),
     }
     if let Some(range) = asked.get_mut("net.ipv4.ping_group_range") {
         let last = map.gids().iter().map(|line| line.inside + (line.count - 1)).max().unwrap_or_default();
-        let bounds: Vec<u32> = range.split_ascii_whitespace().filter_map(|bound| bound.parse().ok()).collect();
+        let bounds: Vec<u32> =
+            range.split_ascii_whitespace().filter_map(|bound| bound.parse().ok()).collect();
         if let [low, high] = bounds[..]
             && high > last
         {

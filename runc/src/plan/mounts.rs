@@ -95,13 +95,22 @@ pub(super) struct Mounted {
 
 /// Files below /proc over which a user may bind a file of his own, as in runc.
 const PROC_FILES: &[&str] = &[
-    "/proc/cpuinfo", "/proc/diskstats", "/proc/meminfo", "/proc/stat", "/proc/swaps", "/proc/uptime", "/proc/loadavg",
-    "/proc/slabinfo", "/proc/sys/kernel/ns_last_pid", "/proc/sys/crypto/fips_enabled",
+    "/proc/cpuinfo",
+    "/proc/diskstats",
+    "/proc/meminfo",
+    "/proc/stat",
+    "/proc/swaps",
+    "/proc/uptime",
+    "/proc/loadavg",
+    "/proc/slabinfo",
+    "/proc/sys/kernel/ns_last_pid",
+    "/proc/sys/crypto/fips_enabled",
 ];
 
 /// Paths that engines mask or make read-only for application containers, and which a machine needs. The kernel guards
 /// each of them by the user namespace.
-const UNMASKED: &[&str] = &["/proc", "/proc/sys", "/proc/kcore", "/proc/kallsyms", "/proc/kmsg", "/sys", "/sys/fs/cgroup"];
+const UNMASKED: &[&str] =
+    &["/proc", "/proc/sys", "/proc/kcore", "/proc/kallsyms", "/proc/kmsg", "/sys", "/sys/fs/cgroup"];
 
 /// Where nested user namespaces find a procfs and a sysfs that nothing is mounted over: the kernel allows them to mount
 /// their own only then (mount_too_revealing in fs/namespace.c).
@@ -110,9 +119,15 @@ const PRISTINE_SYS: &str = "/dev/.sysbox/sys";
 
 /// File systems that are the kernel's own, on which ids mean nothing to shift.
 const KERNEL_MAGICS: &[i64] = &[
-    libc::PROC_SUPER_MAGIC, 0x6265_6572, /* sysfs */
-    libc::CGROUP_SUPER_MAGIC, libc::CGROUP2_SUPER_MAGIC, 0x1cd1, /* devpts */
-    libc::DEBUGFS_MAGIC, libc::TRACEFS_MAGIC, libc::SECURITYFS_MAGIC, 0x1980_0202, /* mqueue */
+    libc::PROC_SUPER_MAGIC,
+    0x6265_6572, /* sysfs */
+    libc::CGROUP_SUPER_MAGIC,
+    libc::CGROUP2_SUPER_MAGIC,
+    0x1cd1, /* devpts */
+    libc::DEBUGFS_MAGIC,
+    libc::TRACEFS_MAGIC,
+    libc::SECURITYFS_MAGIC,
+    0x1980_0202, /* mqueue */
 ];
 
 pub(super) fn plan(
@@ -125,7 +140,8 @@ pub(super) fn plan(
     warnings: &mut Vec<String>,
 ) -> Result<Mounted, PlanError> {
     let asked: Vec<Mount> = bundle.spec.mounts().iter().flatten().cloned().map(normal).collect();
-    let mut planner = Planner { bundle, survey, map, stage, root, warnings, done: Mounted::default(), staged: 0 };
+    let mut planner =
+        Planner { bundle, survey, map, stage, root, warnings, done: Mounted::default(), staged: 0 };
     let locked = locked_binds(&asked);
     for (at, mount) in asked.iter().enumerate() {
         planner.spec_mount(at, mount, locked.contains(&at))?;
@@ -334,7 +350,12 @@ impl Planner<'_> {
     fn machine_mounts(&mut self, asked: &[Mount], prepared: &Prepared) {
         let taken = |path: &str| asked.iter().any(|mount| mount.destination() == Path::new(path));
         if !taken("/sys/fs/cgroup") {
-            self.done.mounts.push(mount("/sys/fs/cgroup", "cgroup", "cgroup", &[NO.as_slice(), &["relatime"]].concat()));
+            self.done.mounts.push(mount(
+                "/sys/fs/cgroup",
+                "cgroup",
+                "cgroup",
+                &[NO.as_slice(), &["relatime"]].concat(),
+            ));
         }
         for leaf in &prepared.leaves {
             let inside = format!("/{leaf}");
@@ -345,7 +366,12 @@ impl Planner<'_> {
         // systemd mounts these, and fails where it may not; a tmpfs of ours satisfies it.
         for path in ["/sys/kernel/debug", "/sys/kernel/tracing", "/sys/kernel/config"] {
             if self.survey.present.contains(&path) && !taken(path) {
-                self.done.mounts.push(mount(path, "tmpfs", "tmpfs", &[NO.as_slice(), &["mode=755", "size=64k"]].concat()));
+                self.done.mounts.push(mount(
+                    path,
+                    "tmpfs",
+                    "tmpfs",
+                    &[NO.as_slice(), &["mode=755", "size=64k"]].concat(),
+                ));
             }
         }
         self.done.mounts.push(mount(PRISTINE_PROC, "proc", "proc", &NO));
@@ -361,7 +387,8 @@ impl Planner<'_> {
             // A mount of the user's at, above or below the place is his way of saying where the data goes.
             let own = asked.iter().any(|mount| {
                 mount.destination() != Path::new("/")
-                    && (mount.destination().starts_with(path) || Path::new(path).starts_with(mount.destination()))
+                    && (mount.destination().starts_with(path)
+                        || Path::new(path).starts_with(mount.destination()))
             });
             if own {
                 continue;
@@ -398,7 +425,8 @@ impl Planner<'_> {
                 Place::Staged(number) => Some(self.stage.bind(number)) == *mount.source(),
                 Place::Locked(_) => false,
             });
-            let leaf = mount.destination().strip_prefix("/proc").is_ok_and(|rest| !rest.as_os_str().is_empty());
+            let leaf =
+                mount.destination().strip_prefix("/proc").is_ok_and(|rest| !rest.as_os_str().is_empty());
             let file = leaf || staged.is_some_and(|bind| !bind.is_directory);
             let kind = if file { TargetKind::File } else { TargetKind::Directory };
             all.push(Target { path: mount.destination().clone(), kind });

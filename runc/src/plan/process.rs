@@ -30,7 +30,8 @@ pub struct Entry {
 }
 
 /// Profiles that engines give to every container. They refuse mount(2), without which no machine boots.
-const ENGINE_PROFILES: &[&str] = &["docker-default", "containers-default", "crio-default", "cri-containerd.apparmor.d"];
+const ENGINE_PROFILES: &[&str] =
+    &["docker-default", "containers-default", "crio-default", "cri-containerd.apparmor.d"];
 
 /// Decides what the process becomes: root has every capability, another user none that is effective.
 ///
@@ -86,5 +87,8 @@ pub fn for_libcontainer(mut process: Process, apparmor: Option<String>) -> Proce
     process.set_apparmor_profile(apparmor);
     process.set_cwd(PathBuf::from("/"));
     process.set_oom_score_adj(None);
+    // Without HOME libcontainer would ask the C library for it, which loads what the image's nsswitch.conf names into our
+    // process while that can still do everything (CVE-2019-14271). Ours is found by `init.rs`, by hand.
+    process.set_env(Some(vec!["HOME=/".to_owned()]));
     process
 }

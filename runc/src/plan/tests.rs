@@ -72,9 +72,17 @@ fn read_only_binds_below_binds_are_locked_with_what_they_stand_on() {
         (json!([bind("/a", "/h/a", &["rbind"]), bind("/a/b", "/h/b", &["rbind", "ro"])]), vec!["/a", "/a/b"]),
         (json!([bind("/a/b", "/h/b", &["ro", "bind"]), bind("/a", "/h/a", &["bind"])]), vec!["/a", "/a/b"]),
         (json!([bind("/a", "/h/a", &[]), bind("/a/../a/./b", "/h/b", &["ro"])]), vec!["/a", "/a/b"]),
-        (json!([{"destination": "/a", "type": "tmpfs", "source": "tmpfs"}, bind("/a/b", "/h/b", &["ro"])]), vec![]),
         (
-            json!([bind("/a", "/h/a", &[]), bind("/a/b", "/h/b", &[]), bind("/a/b/c", "/h/c", &["ro"]), bind("/ab", "/h/c", &[])]),
+            json!([{"destination": "/a", "type": "tmpfs", "source": "tmpfs"}, bind("/a/b", "/h/b", &["ro"])]),
+            vec![],
+        ),
+        (
+            json!([
+                bind("/a", "/h/a", &[]),
+                bind("/a/b", "/h/b", &[]),
+                bind("/a/b/c", "/h/c", &["ro"]),
+                bind("/ab", "/h/c", &[])
+            ]),
             vec!["/a", "/a/b", "/a/b/c"],
         ),
     ] {
@@ -111,7 +119,12 @@ fn mounts_of_an_engine_become_those_of_a_machine() {
         .flatten()
         .map(|m| {
             let options = m.options().iter().flatten().cloned().collect::<Vec<_>>().join(",");
-            format!("{} {} {} {options}", m.destination().display(), m.typ().as_deref().unwrap(), m.source().as_ref().unwrap().display())
+            format!(
+                "{} {} {} {options}",
+                m.destination().display(),
+                m.typ().as_deref().unwrap(),
+                m.source().as_ref().unwrap().display()
+            )
         })
         .collect();
     let mut expected = vec![
@@ -124,7 +137,9 @@ fn mounts_of_an_engine_become_those_of_a_machine() {
         "/dev/.sysbox/proc proc proc nosuid,noexec,nodev".to_owned(),
         "/dev/.sysbox/sys sysfs sysfs nosuid,noexec,nodev".to_owned(),
     ];
-    expected.extend(DATA_ROOTS.iter().enumerate().map(|(at, root)| format!("{root} bind /s/binds/{} bind", at + 1)));
+    expected.extend(
+        DATA_ROOTS.iter().enumerate().map(|(at, root)| format!("{root} bind /s/binds/{} bind", at + 1)),
+    );
     assert_eq!(shown, expected);
     let file = plan.targets.iter().find(|target| target.path == Path::new("/etc/hosts")).unwrap();
     assert_eq!(file.kind, TargetKind::File);
@@ -147,7 +162,9 @@ fn sources_are_shifted_unless_they_are_the_containers_already() {
 
 #[test]
 fn a_source_that_host_users_reach_is_warned_of_with_the_remedy() {
-    let warnings = |options: &[&str]| planned(spec(json!([bind("/x", "/h/open", options)]), json!({}))).unwrap().warnings;
+    let warnings = |options: &[&str]| {
+        planned(spec(json!([bind("/x", "/h/open", options)]), json!({}))).unwrap().warnings
+    };
     assert!(warnings(&["ro"]).is_empty());
     let said = warnings(&["rw"]).join("\n");
     assert!(said.contains("/h/open") && said.contains("chmod 700"), "{said}");
@@ -175,7 +192,10 @@ fn sysctls_that_reach_the_host_are_refused() {
     );
     assert!(with("net/../kernel/panic", "1").is_err());
     let fitted = with("net.ipv4.ping_group_range", "0 2147483647").unwrap();
-    assert_eq!(fitted.spec.linux().as_ref().unwrap().sysctl().as_ref().unwrap()["net.ipv4.ping_group_range"], "0 65535");
+    assert_eq!(
+        fitted.spec.linux().as_ref().unwrap().sysctl().as_ref().unwrap()["net.ipv4.ping_group_range"],
+        "0 65535"
+    );
     let named = with("kernel.domainname", "example").unwrap();
     assert_eq!(named.spec.domainname().as_deref(), Some("example"));
 }
@@ -198,7 +218,9 @@ fn root_has_every_capability_and_another_user_none() {
 
 #[test]
 fn devices_outside_dev_are_refused() {
-    let with = |path: &str| planned(spec(json!([]), json!({"devices": [{"path": path, "type": "c", "major": 1, "minor": 3}]})));
+    let with = |path: &str| {
+        planned(spec(json!([]), json!({"devices": [{"path": path, "type": "c", "major": 1, "minor": 3}]})))
+    };
     for path in ["/etc/x", "/dev", "/dev/../etc/x", "dev/x"] {
         assert_eq!(with(path).unwrap_err(), PlanError::DevicePath { path: path.into() });
     }
@@ -209,7 +231,9 @@ fn devices_outside_dev_are_refused() {
 fn contiguous_lines_of_a_map_are_joined() {
     let line = |inside: u32, outside: u32, count: u32| json!({"containerID": inside, "hostID": outside, "size": count});
     let lines = json!([line(100, 200_100, 65436), line(0, 200_000, 100)]);
-    let map = own_map(&spec(json!([]), json!({"uidMappings": lines.clone(), "gidMappings": lines}))).unwrap().unwrap();
+    let map = own_map(&spec(json!([]), json!({"uidMappings": lines.clone(), "gidMappings": lines})))
+        .unwrap()
+        .unwrap();
     assert_eq!(map, IdMap::of_range(IdRange { start: 200_000, count: 65536 }).unwrap());
 }
 

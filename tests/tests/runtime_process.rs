@@ -1,0 +1,146 @@
+//! The processes of a container by sysbox-runc alone: init and exec, their streams, codes, namespaces and limits.
+
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
+
+use std::fs;
+use std::process::Command;
+
+use serde_json::json;
+use sysbox_tests::runtime::{Bundle, Machine};
+
+fn sleeper(machine: &Machine, name: &str) -> Bundle {
+    machine.bundle(name, &["/bin/sleep", "1000"])
+}
+
+#[test]
+fn exit_codes_are_handed_on() {
+    let machine = Machine::start();
+    let bundle = machine.bundle("b", &["/bin/sh", "-c", "exit 7"]);
+    assert_eq!(machine.run(&bundle, "c").code, 7);
+    let bundle = machine.bundle("k", &["/bin/sh", "-c", "kill -9 $$; sleep 10"]);
+    // The kernel drops signals that a pid namespace's init sends itself; from a child's view it is the same.
+    bundle.edit(|config| config["process"]["args"] = json!(["/bin/sh", "-c", "sh -c 'kill -9 $$'; exit $?"]));
+    assert_eq!(machine.run(&bundle, "k").code, 137);
+    let bundle = sleeper(&machine, "s");
+    let running = machine.run_detached(&bundle, "s");
+    assert_eq!(running.exec("exit 9").code, 9);
+}
+
+#[test]
+fn an_exec_is_in_the_same_namespaces_cgroups_and_filter() {
+    let machine = Machine::start();
+    let bundle = sleeper(&machine, "b");
+    bundle.edit(|config| {
+        let rule = json!({"names": ["mkdirat", "mkdir"], "action": "SCMP_ACT_ERRNO", "errnoRet": 95});
+        config["linux"]["seccomp"] = json!({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [rule]});
+    });
+    let running = machine.run_detached(&bundle, "c");
+    for namespace in ["user", "mnt", "pid", "net", "ipc", "uts", "cgroup", "time"] {
+        let script = format!(
+            "[ $(stat -c %N /proc/self/ns/{namespace} | cut -d' ' -f3) = $(stat -c %N /proc/1/ns/{namespace} | cut -d' ' -f3) ] && echo same"
+        );
+        let link = |pid: &str| {
+            running
+                .exec(&format!("ls -l /proc/{pid}/ns/{namespace}"))
+                .ok()
+                .rsplit("-> ")
+                .next()
+                .map(str::to_owned)
+        };
+        assert_eq!(link("self"), link("1"), "{namespace}: {script}");
+    }
+    assert_eq!(running.exec("cat /proc/self/cgroup").ok(), running.exec("cat /proc/1/cgroup").ok());
+    let status = running.exec("cat /proc/self/status").ok();
+    assert!(status.contains("Seccomp:\t2") && status.contains("CapInh:\t0000000000000000"), "{status}");
+    assert!(running.exec("mkdir /x").err.contains("not supported"), "{:?}", running.exec("mkdir /x"));
+    let said = machine.runc(&["exec", "--user", "1000:1000", "c", "/bin/cat", "/proc/self/status"]).ok();
+    for line in [
+        "CapEff:\t0000000000000000",
+        "CapPrm:\t0000000000000000",
+        "CapAmb:\t0000000000000000",
+        "Uid:\t1000\t1000",
+    ] {
+        assert!(said.contains(line), "{said}");
+    }
+}
+
+#[test]
+fn an_exec_takes_directory_environment_and_user() {
+    let machine = Machine::start();
+    let bundle = sleeper(&machine, "b");
+    fs::create_dir(bundle.rootfs().join("home")).unwrap();
+    let running = machine.run_detached(&bundle, "c");
+    let said = machine.runc(&[
+        "exec",
+        "--cwd",
+        "/home",
+        "--env",
+        "X=y z",
+        "c",
+        "/bin/sh",
+        "-c",
+        "pwd; echo $X; echo $HOME",
+    ]);
+    assert_eq!(said.ok(), "/home\ny z\n/\n");
+    assert!(machine.runc(&["exec", "c", "nope"]).fails().contains("executable file not found in $PATH"));
+    assert!(machine.runc(&["exec", "--user", "70000", "c", "/bin/true"]).fails().contains("is not mapped"));
+    for fd in 0..32 {
+        // CVE-2024-21626: a directory of the host's through a descriptor that was left open.
+        let cwd = format!("/proc/self/fd/{fd}");
+        let said = machine.runc(&["exec", "--cwd", &cwd, "c", "/bin/ls", "/proc/self/cwd/../../.."]);
+        assert!(said.code != 0 || !said.out.contains("vmlinuz"), "{fd}: {}", said.out);
+    }
+    drop(running);
+}
+
+#[test]
+fn standard_output_can_be_opened_again() {
+    let machine = Machine::start();
+    for user in [0, 1000] {
+        let id = format!("u{user}");
+        let bundle = machine.bundle(&id, &["/bin/sh", "-c", "echo again > /dev/stdout"]);
+        bundle.edit(|config| config["process"]["user"] = json!({"uid": user, "gid": user}));
+        assert_eq!(machine.run(&bundle, &id).ok(), "again\n");
+    }
+}
+
+#[test]
+fn init_holds_no_descriptor_of_ours() {
+    let machine = Machine::start();
+    let bundle = sleeper(&machine, "b");
+    let running = machine.run_detached(&bundle, "c");
+    let fds: Vec<String> = fs::read_dir(format!("/proc/{}/fd", running.pid()))
+        .unwrap()
+        .map(|e| e.unwrap().file_name().into_string().unwrap())
+        .collect();
+    assert_eq!(fds.len(), 3, "{fds:?}");
+}
+
+#[test]
+fn time_begins_with_the_container() {
+    let machine = Machine::start();
+    let bundle = machine.bundle("b", &["/bin/cat", "/proc/uptime"]);
+    let out = machine.run(&bundle, "c").ok();
+    let uptime: f64 = out.split_whitespace().next().unwrap().parse().unwrap();
+    assert!((0.0..30.0).contains(&uptime), "{uptime}");
+}
+
+#[test]
+fn the_spec_that_is_written_runs_with_a_terminal() {
+    let machine = Machine::start();
+    let bundle = machine.bundle("b", &["/bin/sh", "-c", "test -t 0 && test -t 1 && echo a terminal"]);
+    bundle.edit(|config| config["process"]["terminal"] = json!(true));
+    let command = format!(
+        "{} --root {} --run-dir {} run --bundle {} c",
+        sysbox_tests::runtime::programs().join("sysbox-runc").display(),
+        machine.path("root").display(),
+        machine.path("run").display(),
+        bundle.dir.display()
+    );
+    let script = Command::new("script")
+        .args(["-qec", &command, "/dev/null"])
+        .output()
+        .expect("need: script (util-linux)");
+    let text = String::from_utf8_lossy(&script.stdout);
+    assert!(text.contains("a terminal"), "{text}");
+}

@@ -1,0 +1,145 @@
+//! sysbox-runc on file systems of every kind and on an engine's overlay: ids are shifted, layers stay as they are, data
+//! roots lie in the layer.
+
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::Path;
+use std::process::Command;
+
+use serde_json::json;
+use sysbox_tests::runtime::{Bundle, Machine, eventually};
+
+/// A mount namespace for this test's thread and all that it starts; what is mounted in it ends with it.
+fn private_mounts() {
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).expect("need: CAP_SYS_ADMIN");
+    let none = None::<&str>;
+    let slave = nix::mount::MsFlags::MS_REC | nix::mount::MsFlags::MS_SLAVE;
+    nix::mount::mount(none, "/", none, slave, none).expect("change propagation in our own namespace");
+}
+
+#[track_caller]
+fn sh(script: &str) {
+    let done = Command::new("sh").args(["-ec", script]).output().unwrap();
+    assert!(done.status.success(), "{script}: {}", String::from_utf8_lossy(&done.stderr));
+}
+
+/// Runs `check` with a directory on a file system of each kind, mounted in this test's namespace alone.
+fn on_file_system(kind: &str, check: impl FnOnce(&Path)) {
+    private_mounts();
+    let dir = tempfile::tempdir().unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o711)).unwrap();
+    let point = dir.path().join("m");
+    fs::create_dir(&point).unwrap();
+    let (image, shown) = (dir.path().join("image"), point.display());
+    match kind {
+        "tmpfs" => sh(&format!("mount -t tmpfs -o size=64m tmpfs {shown}")),
+        _ => sh(&format!(
+            "truncate -s 400M {0}; mkfs.{kind} -q {0}; mount -t {kind} -o loop {0} {shown}",
+            image.display()
+        )),
+    }
+    check(&point);
+    sh(&format!("umount -R {shown}"));
+}
+
+fn is_shifted_on(kind: &str) {
+    on_file_system(kind, |point| {
+        let machine = Machine::start();
+        let script = "stat -c %u:%g /bin/busybox; touch /made && chown 5:6 /made; mkdir /d && rm -r /d; stat -c %u:%g /vol/f; touch /vol/g";
+        let bundle = machine.bundle("b", &["/bin/sh", "-c", script]);
+        let moved = Bundle { dir: point.join("b") };
+        sh(&format!("cp -a {} {}", bundle.dir.display(), moved.dir.display()));
+        let volume = point.join("vol");
+        fs::create_dir(&volume).unwrap();
+        fs::write(volume.join("f"), "").unwrap();
+        moved.mount("/vol", &volume, &["rbind"]);
+        assert_eq!(machine.run(&moved, "c").ok(), "0:0\n0:0\n", "{kind}");
+        let owner = |path: &Path| fs::metadata(path).map(|facts| (facts.uid(), facts.gid())).unwrap();
+        assert_eq!(owner(&moved.rootfs().join("made")), (5, 6), "{kind}");
+        assert_eq!(owner(&moved.rootfs().join("bin/busybox")), (0, 0), "{kind}");
+        assert_eq!(owner(&volume.join("g")), (0, 0), "{kind}");
+    });
+}
+
+#[test]
+fn rootfs_and_volumes_are_shifted_on_tmpfs() {
+    is_shifted_on("tmpfs");
+}
+
+#[test]
+fn rootfs_and_volumes_are_shifted_on_ext4() {
+    is_shifted_on("ext4");
+}
+
+#[test]
+fn rootfs_and_volumes_are_shifted_on_xfs() {
+    is_shifted_on("xfs");
+}
+
+#[test]
+fn rootfs_and_volumes_are_shifted_on_btrfs() {
+    is_shifted_on("btrfs");
+}
+
+/// A bundle whose rootfs is an overlay as an engine mounts it, in this test's namespace.
+fn overlay_bundle(machine: &Machine, args: &[&str]) -> Bundle {
+    private_mounts();
+    let bundle = machine.bundle("b", args);
+    let dir = bundle.dir.display();
+    sh(&format!(
+        "mkdir -p {dir}/layer/x/diff {dir}/layer/x/work; mv {dir}/rootfs {dir}/layer/low; mkdir {dir}/rootfs; \
+         mkdir -p {dir}/layer/low/etc/app {dir}/layer/low/var/lib/docker; echo image > {dir}/layer/low/etc/app/f; \
+         echo inner > {dir}/layer/low/var/lib/docker/kept; \
+         mount -t overlay overlay -o lowerdir={dir}/layer/low,upperdir={dir}/layer/x/diff,workdir={dir}/layer/x/work {dir}/rootfs"
+    ));
+    bundle
+}
+
+#[test]
+fn an_overlay_is_shifted_layers_upper_and_all() {
+    let machine = Machine::start();
+    let script = "stat -c %u:%g /etc/app/f; rm /etc/app/f; echo new > /etc/app/g; chown 7:8 /etc/app/g; mkdir /etc/app/d; ls /etc/app";
+    let bundle = overlay_bundle(&machine, &["/bin/sh", "-c", script]);
+    assert_eq!(machine.run(&bundle, "c").ok(), "0:0\nd\ng\n");
+    let upper = bundle.dir.join("layer/x/diff");
+    let made = fs::metadata(upper.join("etc/app/g")).unwrap();
+    assert_eq!((made.uid(), made.gid()), (7, 8));
+    let whiteout = fs::symlink_metadata(upper.join("etc/app/f")).unwrap();
+    assert_eq!((whiteout.rdev(), whiteout.uid()), (0, 0));
+    assert_eq!(fs::metadata(bundle.dir.join("layer/low/etc/app/f")).unwrap().uid(), 0);
+    assert_eq!(
+        fs::read_dir(bundle.dir.join("layer/x/work/work")).unwrap().count(),
+        0,
+        "the engine's work directory is in use"
+    );
+}
+
+#[test]
+fn a_data_root_is_the_layers_own_directory_with_what_the_image_brought() {
+    let machine = Machine::start();
+    let script = "cat /var/lib/docker/kept; echo y > /var/lib/docker/made; for d in docker containerd kubelet rancher/k3s; do stat -f -c %T /var/lib/$d; done";
+    let bundle = overlay_bundle(&machine, &["/bin/sh", "-c", script]);
+    assert_eq!(machine.run(&bundle, "c").ok(), "inner\next2/ext3\next2/ext3\next2/ext3\next2/ext3\n");
+    let upper = bundle.dir.join("layer/x/diff/var/lib/docker");
+    assert_eq!(fs::read_to_string(upper.join("made")).unwrap(), "y\n");
+    fs::remove_file(upper.join("kept")).unwrap();
+    // The second time there is nothing to be brought: what was removed stays removed.
+    bundle.edit(|config| config["process"]["args"] = json!(["/bin/ls", "/var/lib/docker"]));
+    assert_eq!(machine.run(&bundle, "c").ok(), "made\n");
+}
+
+#[test]
+fn ids_are_kept_over_a_stop_and_freed_with_the_layer() {
+    let machine = Machine::start();
+    let bundle = overlay_bundle(&machine, &["/bin/cat", "/proc/self/uid_map"]);
+    let first = machine.run(&bundle, "c").ok();
+    let record = || fs::read_dir(machine.path("data/records")).unwrap().flatten().count();
+    assert_eq!(record(), 1);
+    let other = machine.bundle("other", &["/bin/cat", "/proc/self/uid_map"]);
+    assert_ne!(machine.run(&other, "o").ok(), first);
+    assert_eq!(machine.run(&bundle, "c").ok(), first);
+    sh(&format!("umount {0}/rootfs; rm -r {0}/layer/x", bundle.dir.display()));
+    eventually("the record is gone with the layer", || record() == 0);
+}
