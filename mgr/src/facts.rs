@@ -19,6 +19,7 @@ use sysbox_sys::creds::with_fs_ids;
 use sysbox_sys::error::Named;
 use sysbox_sys::mount::{Attributes, Depth, FsContext, attach, clone_tree, is_read_only, set_idmap};
 use sysbox_sys::path::proc_path;
+use sysbox_sys::userns::MapNamespace;
 use sysbox_sys::{Result, SysError, probe, userns};
 use tracing::{debug, error, info};
 
@@ -87,7 +88,7 @@ pub fn probe(dir: &Path) -> Result<HostFacts> {
         .named(|| "mount(/, MS_PRIVATE)".to_owned())?;
     let map = IdMap::of_range(IDS).ok_or_else(|| SysError::new(nix::errno::Errno::EINVAL, "id map"))?;
     let userns = userns::with_maps(&map);
-    let with_userns = |attempt: fn(&Path, &OwnedFd) -> Result<()>| {
+    let with_userns = |attempt: fn(&Path, &MapNamespace) -> Result<()>| {
         let userns = userns.as_ref().map_err(Clone::clone)?;
         attempt(dir, userns)
     };
@@ -109,25 +110,25 @@ fn works(what: &str, tried: Result<()>) -> bool {
     tried.inspect_err(|error| eprintln!("{what}: {error}")).is_ok()
 }
 
-fn idmapped_mount(dir: &Path, userns: &OwnedFd) -> Result<()> {
+fn idmapped_mount(dir: &Path, userns: &MapNamespace) -> Result<()> {
     let clone = clone_tree(dir, Depth::One)?;
     set_idmap(clone.as_fd(), userns.as_fd(), Depth::One)
 }
 
-fn idmapped_tmpfs(_dir: &Path, userns: &OwnedFd) -> Result<()> {
+fn idmapped_tmpfs(_dir: &Path, userns: &MapNamespace) -> Result<()> {
     let tmpfs = FsContext::open("tmpfs")?;
     tmpfs.create()?;
     set_idmap(tmpfs.mount(Attributes::default())?.as_fd(), userns.as_fd(), Depth::One)
 }
 
-fn idmapped_overlay(dir: &Path, userns: &OwnedFd) -> Result<()> {
+fn idmapped_overlay(dir: &Path, userns: &MapNamespace) -> Result<()> {
     overlay(&dir.join("by-path"), userns, |fs, key, fd| {
         let path = proc_path(fd.as_fd());
         fs.set_text(key, &path.to_string_lossy())
     })
 }
 
-fn overlay_by_descriptor(dir: &Path, userns: &OwnedFd) -> Result<()> {
+fn overlay_by_descriptor(dir: &Path, userns: &MapNamespace) -> Result<()> {
     overlay(&dir.join("by-descriptor"), userns, |fs, key, fd| {
         fs.set_descriptor(if key == "lowerdir" { "lowerdir+" } else { key }, fd.as_fd())
     })
@@ -135,7 +136,11 @@ fn overlay_by_descriptor(dir: &Path, userns: &OwnedFd) -> Result<()> {
 
 /// The container's overlay in small: every layer an idmapped clone, attached (Linux before 6.13 asks for that), made and
 /// written to as the container's root, and the disk has the plain ids afterwards.
-fn overlay(dir: &Path, userns: &OwnedFd, set: fn(&FsContext, &str, &OwnedFd) -> Result<()>) -> Result<()> {
+fn overlay(
+    dir: &Path,
+    userns: &MapNamespace,
+    set: fn(&FsContext, &str, &OwnedFd) -> Result<()>,
+) -> Result<()> {
     let folder = |name: &str| -> Result<PathBuf> {
         let path = dir.join(name);
         std::fs::create_dir_all(&path).named(|| format!("mkdir({})", path.display()))?;

@@ -227,7 +227,7 @@ impl Cgroup {
             apply(&self.manager(&Path::new("/").join(&self.parent), id, false)?, resources)?;
         }
         for hierarchy in &others {
-            make_path(hierarchy, &self.parent.join(DELEGATED))?;
+            make_step(hierarchy, &hierarchy.mount.join(&self.parent), Path::new(DELEGATED))?;
         }
         Ok(())
     }
@@ -412,21 +412,26 @@ fn create_dir(path: &Path) -> Result<()> {
     }
 }
 
-/// Makes `path` step by step: a new cpuset has no cpus until it is told, a unified cgroup no controllers until its parent
-/// hands them out.
+/// Makes `path` step by step.
 fn make_path(hierarchy: &Hierarchy, path: &Path) -> Result<()> {
     let mut here = hierarchy.mount.clone();
-    for part in path.components() {
+    for part in path.iter() {
         if hierarchy.kind == Kind::Unified {
             enable_controllers(&here)?;
         }
-        let parent = here.clone();
+        make_step(hierarchy, &here, Path::new(part))?;
         here.push(part);
-        create_dir(&here)?;
-        if hierarchy.name.split(',').any(|name| name == "cpuset") {
-            for file in ["cpuset.cpus", "cpuset.mems"] {
-                inherit(&parent.join(file), &here.join(file))?;
-            }
+    }
+    Ok(())
+}
+
+/// Makes one cgroup below another: a new cpuset has no cpus until it is told.
+fn make_step(hierarchy: &Hierarchy, parent: &Path, name: &Path) -> Result<()> {
+    let path = parent.join(name);
+    create_dir(&path)?;
+    if hierarchy.name.split(',').any(|name| name == "cpuset") {
+        for file in ["cpuset.cpus", "cpuset.mems"] {
+            inherit(&parent.join(file), &path.join(file))?;
         }
     }
     Ok(())

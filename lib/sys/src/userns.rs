@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::sys::wait::waitpid;
@@ -16,33 +16,55 @@ pub fn map_text(lines: &[IdMapLine]) -> String {
     lines.iter().map(|l| format!("{} {} {}\n", l.inside, l.outside, l.count)).collect()
 }
 
+/// A user namespace that exists for its maps. The process that made it ends by itself; it is collected when this goes.
+#[derive(Debug)]
+pub struct MapNamespace {
+    fd: OwnedFd,
+    maker: Pid,
+}
+
+impl AsFd for MapNamespace {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl Drop for MapNamespace {
+    fn drop(&mut self) {
+        collect(self.maker);
+    }
+}
+
+fn collect(maker: Pid) {
+    // ECHILD: the caller collects all its children; there is nothing left to do then.
+    while let Err(Errno::EINTR) = waitpid(maker, None) {}
+}
+
 /// A user namespace with these maps and no process in it. The caller must be single-threaded or content that the child
 /// does nothing but wait.
 ///
 /// # Errors
 /// `EPERM`/`ENOSPC` where user namespaces are switched off or used up (`user.max_user_namespaces`), `EINVAL` for a map the
 /// kernel refuses.
-pub fn with_maps(map: &IdMap) -> Result<OwnedFd> {
+pub fn with_maps(map: &IdMap) -> Result<MapNamespace> {
     let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).named(|| "pipe2".to_owned())?;
     // The child has a copy-on-write copy of this process, which in the small runtime is cheap enough; it only waits.
-    let child = spawn_waiting(reader.as_raw_fd(), writer.as_raw_fd())?;
+    let maker = spawn_waiting(reader.as_raw_fd(), writer.as_raw_fd())?;
     let made = (|| {
-        write_map(child, "uid_map", map.uids())?;
-        write_map(child, "gid_map", map.gids())?;
-        let path = format!("/proc/{child}/ns/user");
+        write_map(maker, "uid_map", map.uids())?;
+        write_map(maker, "gid_map", map.gids())?;
+        let path = format!("/proc/{maker}/ns/user");
         File::open(&path).named(|| format!("open({path})")).map(OwnedFd::from)
     })();
+    // It reads the end of the pipe and ends, while the caller is already using the namespace.
     drop(writer);
-    loop {
-        match waitpid(child, Some(nix::sys::wait::WaitPidFlag::__WALL)) {
-            Err(Errno::EINTR) => {}
-            other => {
-                other.named(|| "waitpid(user namespace holder)".to_owned())?;
-                break;
-            }
+    match made {
+        Ok(fd) => Ok(MapNamespace { fd, maker }),
+        Err(error) => {
+            collect(maker);
+            Err(error)
         }
     }
-    made
 }
 
 fn write_map(pid: Pid, file: &str, lines: &[IdMapLine]) -> Result<()> {
@@ -94,7 +116,7 @@ mod tests {
         let map = IdMap::of_range(IdRange { start: 300_000, count: 65536 }).unwrap();
         let one = with_maps(&map).unwrap();
         let two = with_maps(&map).unwrap();
-        let inode = |fd: &OwnedFd| nix::sys::stat::fstat(fd).unwrap().st_ino;
+        let inode = |space: &MapNamespace| nix::sys::stat::fstat(space).unwrap().st_ino;
         assert_ne!(inode(&one), inode(&two));
     }
 
