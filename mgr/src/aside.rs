@@ -12,7 +12,8 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, RenameFlags, readlinkat};
-use nix::sys::stat::{Mode, mkdirat};
+use nix::sys::stat::{Mode, UtimensatFlags, mkdirat, utimensat};
+use nix::sys::time::TimeSpec;
 use nix::unistd::{UnlinkatFlags, symlinkat, unlinkat};
 use sysbox_sys::error::Named;
 use sysbox_sys::{Result, SysError};
@@ -103,13 +104,26 @@ impl Upper {
         }
     }
 
-    /// When what is aside changed last.
+    /// Whether the overlay at `root` has the very directory that is aside as what it shows at `path`: whether it sees a
+    /// modification time there that nothing else has.
     ///
     /// # Errors
-    /// As [`look`].
-    pub fn changed(&self, aside: &Aside) -> Result<Option<(i64, i64)>> {
-        let Some(place) = self.place()? else { return Ok(None) };
-        Ok(look(place.as_fd(), Path::new(&aside.0))?.as_ref().map(changed))
+    /// As [`look`], and utimensat(2).
+    pub fn is_seen(&self, aside: &Aside, root: BorrowedFd<'_>, path: &Path) -> Result<bool> {
+        let Some(place) = self.place()? else { return Ok(false) };
+        let Some(file) = look(place.as_fd(), Path::new(&aside.0))? else { return Ok(false) };
+        let set = |mtime: (i64, i64)| {
+            let (omit, mtime) = (TimeSpec::UTIME_OMIT, TimeSpec::new(mtime.0, mtime.1));
+            utimensat(&place, aside.0.as_os_str(), &omit, &mtime, UtimensatFlags::NoFollowSymlink)
+                .named(|| format!("utimensat({})", shown(Path::new(&aside.0))))
+        };
+        let before = (file.st_mtime, file.st_mtime_nsec);
+        let mark = (before.0, (before.1 + 500_000_003) % 1_000_000_000);
+        set(mark)?;
+        let seen =
+            look(root, path).map(|seen| seen.is_some_and(|seen| (seen.st_mtime, seen.st_mtime_nsec) == mark));
+        set(before)?;
+        seen
     }
 
     /// Brings everything back, or what is in it. Before the children of a directory are brought into a directory of the

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use nix::dir::Dir;
+use nix::dir::{Dir, Type};
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, OpenHow, RenameFlags, ResolveFlag, openat, openat2, renameat2};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstat, fstatat};
@@ -117,9 +117,19 @@ pub fn names(dir: BorrowedFd<'_>) -> Result<Vec<(OsString, Kind)>> {
         if name == "." || name == ".." {
             continue;
         }
-        // Gone since: nothing to name.
-        let Ok(file) = fstatat(dir.as_fd(), name, AtFlags::AT_SYMLINK_NOFOLLOW) else { continue };
-        names.push((name.to_owned(), kind_of(&file)));
+        let kind = match entry.file_type() {
+            Some(Type::Directory) => Kind::Directory,
+            // A whiteout, or a file system that does not tell.
+            Some(Type::CharacterDevice) | None => {
+                match fstatat(dir.as_fd(), name, AtFlags::AT_SYMLINK_NOFOLLOW) {
+                    Ok(file) => kind_of(&file),
+                    // Gone since: nothing to name.
+                    Err(_) => continue,
+                }
+            }
+            Some(_) => Kind::Other,
+        };
+        names.push((name.to_owned(), kind));
     }
     Ok(names)
 }

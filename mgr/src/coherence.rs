@@ -37,6 +37,9 @@ const LATEST: Duration = Duration::from_millis(100);
 /// How soon the engine is asked again whether it still uses a directory that was moved aside.
 const AGAIN: Duration = Duration::from_millis(250);
 
+/// Once in so long one container's engine side is flushed without an event, in turn: a name that was looked for in vain, and a
+/// directory that the container replaced while the engine was about to write to it, make none.
+const TURN: Duration = Duration::from_millis(500);
 /// How long a stop waits for the thread.
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -47,11 +50,14 @@ pub struct Target {
     pub init: Process,
     pub merged: PathBuf,
     pub upper: PathBuf,
+    /// It ran before there was a look at it: what the engine did meanwhile is not known, so its whole layer is looked at.
+    pub is_found_running: bool,
 }
 
 /// The thread.
 #[derive(Debug)]
 pub struct Coherence {
+    fanotify: Arc<Fanotify>,
     commands: Sender<Command>,
     wake: Arc<EventFd>,
     thread: Option<JoinHandle<()>>,
@@ -80,15 +86,16 @@ impl Coherence {
         let fanotify = Fanotify::init(flags, opened).named(|| "fanotify_init(CLASS_NOTIF)".to_owned())?;
         let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
             .named(|| "eventfd".to_owned())?;
-        let wake = Arc::new(wake);
+        let (fanotify, wake) = (Arc::new(fanotify), Arc::new(wake));
         let (commands, receiver) = channel();
         let (ending, ended) = channel();
         let worker = Worker {
-            fanotify,
+            fanotify: Arc::clone(&fanotify),
             commands: receiver,
             wake: Arc::clone(&wake),
             sides: BTreeMap::new(),
             events: 0,
+            turn: Turn { last: None, next_at: Instant::now() + TURN },
         };
         let thread = std::thread::Builder::new()
             .name("coherence".into())
@@ -98,10 +105,14 @@ impl Coherence {
                 worker.run();
             })
             .named(|| "start the thread `coherence`".to_owned())?;
-        Ok(Self { commands, wake, thread: Some(thread), ended })
+        Ok(Self { fanotify, commands, wake, thread: Some(thread), ended })
     }
 
+    /// When it returns, nothing that the engine does is missed any more.
     pub fn watch(&self, target: Target) {
+        if let Err(error) = mark(&self.fanotify, MarkFlags::FAN_MARK_ADD, &target.merged) {
+            return warn!(container = %target.key, %error, "not told of what the engine writes: it may show late");
+        }
         self.tell(Command::Watch(target));
     }
 
@@ -141,11 +152,18 @@ impl Drop for Coherence {
 }
 
 struct Worker {
-    fanotify: Fanotify,
+    fanotify: Arc<Fanotify>,
     commands: Receiver<Command>,
     wake: Arc<EventFd>,
     sides: BTreeMap<ContainerKey, Side>,
     events: u64,
+    turn: Turn,
+}
+
+/// Whose engine side was flushed last, and when the next one's is due.
+struct Turn {
+    last: Option<ContainerKey>,
+    next_at: Instant,
 }
 
 /// What is known of a target.
@@ -207,11 +225,15 @@ impl Side {
 
 impl Worker {
     fn run(mut self) {
-        while self.obey() {
+        loop {
             self.wait();
             // Cleared before the commands are read: one that comes in between wakes again.
             if let Err(errno) = self.wake.read() {
                 debug_assert_eq!(errno, Errno::EAGAIN);
+            }
+            // Commands first: an event is of a container that is known by then.
+            if !self.obey() {
+                return;
             }
             self.hear();
             let now = Instant::now();
@@ -220,11 +242,30 @@ impl Worker {
                     side.flush();
                 }
             }
+            if self.turn.next_at <= now {
+                self.flush_next();
+            }
         }
     }
 
+    fn flush_next(&mut self) {
+        use std::ops::Bound::{Excluded, Unbounded};
+        let after = self.turn.last.as_ref().map_or(Unbounded, Excluded);
+        let next = self
+            .sides
+            .range::<ContainerKey, _>((after, Unbounded))
+            .next()
+            .or_else(|| self.sides.iter().next());
+        if let Some((key, Err(error))) = next.map(|(key, side)| (key, side.pair.flush_engine())) {
+            debug!(container = %key, %error, "flush");
+        }
+        self.turn = Turn { last: next.map(|(key, _)| key.clone()), next_at: Instant::now() + TURN };
+    }
+
     fn wait(&self) {
-        let next = self.sides.values().filter_map(|side| side.due.as_ref().map(|due| due.at)).min();
+        let turn = (!self.sides.is_empty()).then_some(self.turn.next_at);
+        let next =
+            self.sides.values().filter_map(|side| side.due.as_ref().map(|due| due.at)).chain(turn).min();
         let limit = next.map_or(PollTimeout::NONE, |at| {
             let left = at.saturating_duration_since(Instant::now()).as_millis() + 1;
             PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
@@ -260,11 +301,10 @@ impl Worker {
     }
 
     fn watch(&mut self, target: Target) {
-        self.forget(&target.key);
-        let Target { key, init, merged, upper } = &target;
+        self.sides.remove(&target.key);
+        let Target { key, init, merged, upper, is_found_running } = &target;
         let open = || {
             let pair = Pair::open(merged, upper, overlay_root(*init)?)?;
-            mark(&self.fanotify, MarkFlags::FAN_MARK_ADD, merged)?;
             let facts = nix::sys::stat::stat(merged).named(|| format!("stat({})", merged.display()))?;
             Ok::<_, SysError>((pair, facts.st_dev))
         };
@@ -276,10 +316,12 @@ impl Worker {
                 return warn!(container = %key, %error, "not told of what the engine writes: it may show late");
             }
         };
-        let key = key.clone();
+        let (key, is_found_running) = (key.clone(), *is_found_running);
         let mut side = Side { target, pair, engine_device, due: None };
-        // After a start of the manager: what happened without it.
-        side.settle(None);
+        if is_found_running {
+            side.flush();
+            side.settle(None);
+        }
         side.disturb();
         self.sides.insert(key, side);
     }

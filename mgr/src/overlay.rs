@@ -64,16 +64,26 @@ impl Pair {
         Ok(Self { merged: merged.to_owned(), container, upper: Upper::open(upper)?, has_left })
     }
 
-    /// Makes the container see what the engine did at `path` (relative to the root), and write beside it.
+    /// Makes the container see what the engine did at `path` (relative to the root), or at least write beside it: what is in a
+    /// directory that went aside shows after the next flush.
     ///
     /// # Errors
     /// The first thing that could not be done; everything moved is back in its place or is noted beside the upper.
     pub fn settle(&self, path: &Path) -> Result<()> {
-        // The engine writes where it has been writing, even if that is aside now.
-        if self.has_left.get() {
-            self.gather()?;
+        let mut walked = PathBuf::new();
+        for name in path.components() {
+            walked.push(name);
+            let view = self.judge(&walked)?;
+            trace!(path = %shown(&walked), ?view, "settle");
+            match view {
+                View::Same => {}
+                View::StaleDirectory => self.cure_directory(&walked)?,
+                View::StaleFile => return self.cure_file(&walked),
+                // Not in the upper, or not the container's to see: nothing below it is either.
+                View::Apart => return Ok(()),
+            }
         }
-        self.settle_one(path)
+        Ok(())
     }
 
     /// As [`Pair::settle`], for every directory of the upper, when it is not known what the engine did. Does not look into
@@ -82,7 +92,6 @@ impl Pair {
     /// # Errors
     /// As [`Pair::settle`].
     pub fn settle_all(&self, except: &BTreeSet<PathBuf>) -> Result<()> {
-        self.gather()?;
         let mut pending = vec![PathBuf::new()];
         while let Some(path) = pending.pop() {
             let opened = open_beneath(self.upper.dir(), &path, OFlag::O_RDONLY | OFlag::O_DIRECTORY);
@@ -110,24 +119,30 @@ impl Pair {
     /// # Errors
     /// A reconfigure that failed; the engine's side not being mounted.
     pub fn flush(&self) -> Result<bool> {
+        // Before the engine forgets by which name it got there, all has to be where that name leads.
+        let left = if self.has_left.get() { self.gather()? } else { Vec::new() };
         flush(self.container.as_fd())?;
         let engine = open_dir(&self.merged)?;
         flush(engine.as_fd())?;
-        if !self.has_left.get() {
+        if left.is_empty() {
             return Ok(true);
         }
-        for (aside, path) in self.gather()? {
-            // The container's copy gets a newer change time than the one aside has: who sees an older one has that one.
-            let touched = self.touch(&path);
-            let upper = look(self.upper.dir(), &path)?;
-            let seen = look(engine.as_fd(), &path).ok().flatten();
-            let in_use = upper.zip(seen).is_some_and(|(upper, seen)| changed(&seen) < changed(&upper));
-            trace!(path = %shown(&path), ?touched, in_use, "aside");
+        for (aside, path) in left {
+            let in_use = self.upper.is_seen(&aside, engine.as_fd(), &path)?;
+            trace!(path = %shown(&path), in_use, "aside");
             if !in_use {
                 self.upper.remove(&aside)?;
             }
         }
         Ok(self.gather()?.is_empty())
+    }
+
+    /// Drops what the engine's side remembers: names that it looked for in vain make no event.
+    ///
+    /// # Errors
+    /// As [`Pair::flush`].
+    pub fn flush_engine(&self) -> Result<()> {
+        flush(open_dir(&self.merged)?.as_fd())
     }
 
     /// Brings back what is aside, and what the engine has put into directories that are.
@@ -142,26 +157,9 @@ impl Pair {
             if gathered.moved.is_empty() {
                 return Ok(gathered.left);
             }
-            gathered.moved.iter().try_for_each(|path| self.settle_one(path))?;
+            gathered.moved.iter().try_for_each(|path| self.settle(path))?;
         }
         Ok(self.upper.gather(&|_| {})?.left)
-    }
-
-    fn settle_one(&self, path: &Path) -> Result<()> {
-        let mut walked = PathBuf::new();
-        for name in path.components() {
-            walked.push(name);
-            let view = self.judge(&walked)?;
-            trace!(path = %shown(&walked), ?view, "settle");
-            match view {
-                View::Same => {}
-                View::StaleDirectory => self.cure_directory(&walked)?,
-                View::StaleFile => return self.cure_file(&walked),
-                // Not in the upper, or not the container's to see: nothing below it is either.
-                View::Apart => return Ok(()),
-            }
-        }
-        Ok(())
     }
 
     /// What the container sees at `path`, against what is in the upper there.
@@ -214,18 +212,16 @@ impl Pair {
             };
             self.has_left.set(true);
             // If by now it was the container's own copy that went, back with it.
-            let went = self.upper.changed(&aside)?;
-            let seen = look(self.container.as_fd(), path)?.as_ref().map(changed);
-            if seen >= went {
+            if self.upper.is_seen(&aside, self.container.as_fd(), path)? {
                 debug!(path = %shown(path), "it was the container's own");
                 self.upper.restore(&aside, path)?;
             }
             touched = self.touch(path);
         }
-        debug!(path = %shown(path), tries, "a directory that both sides use was made one again");
-        self.gather()?;
-        touched?;
-        flush(self.container.as_fd())
+        debug!(path = %shown(path), tries, "the container got its own copy of a directory that the engine wrote to");
+        // The engine is at work in the directory that is aside, by a name that it does not look up again. To move files while
+        // it unlinks or renames some would give it EIO: what is there comes back when it has been quiet (`flush`).
+        touched.or_else(|error| self.gather().and(Err(error)))
     }
 
     /// The container has the layers' file in use. It loses the name, as if the engine had replaced the file in a plain

@@ -240,7 +240,7 @@ impl Server {
         self.put(record.clone())?;
         info!(container = %key, pid = init.pid, "started");
         match runs {
-            Ok(true) => self.cohere(&record),
+            Ok(true) => self.cohere(&record, false),
             // An init may be gone before its runtime tells of it.
             Ok(false) => self.ended(key),
             Err(error) => return Err(internal(&error)),
@@ -333,7 +333,7 @@ impl Server {
         self.watch_layer(record);
         let Some(process) = process_of(record) else { return recover(record) };
         match self.watch.process(&record.key, process) {
-            Ok(true) => self.cohere(record),
+            Ok(true) => self.cohere(record, true),
             Ok(false) => {
                 recover(record);
                 self.look_again(&record.key);
@@ -343,14 +343,14 @@ impl Server {
     }
 
     /// Keeps the container's overlay and the engine's alike, from now until its init ends.
-    fn cohere(&self, record: &Record) {
+    fn cohere(&self, record: &Record, is_found_running: bool) {
         let (Rootfs::Overlay { merged, upper }, Phase::Running { init }) = (&record.rootfs, record.phase)
         else {
             return;
         };
         if let Some(coherence) = &self.coherence {
             let (key, merged, upper) = (record.key.clone(), merged.clone(), upper.clone());
-            coherence.watch(Target { key, init, merged, upper });
+            coherence.watch(Target { key, init, merged, upper, is_found_running });
         }
     }
 
