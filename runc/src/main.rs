@@ -44,7 +44,8 @@ fn main() -> ExitCode {
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             log.error(&in_one_line(&error));
-            ExitCode::FAILURE
+            // As runc: 1 could be the program's own.
+            if matches!(cli.command, Command::Exec(_)) { ExitCode::from(255) } else { ExitCode::FAILURE }
         }
     }
 }

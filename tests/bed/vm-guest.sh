@@ -17,6 +17,7 @@ mounts_before=$(awk '{print $5}' /proc/self/mountinfo | sort)
 
 status=0
 "$BED_DIR/demo.sh" || status=$?
+[ $status != 0 ] || "$BED_DIR/vm-checks.sh" || status=$?
 if [ $status = 0 ] && [ -n "${GUEST_RUN:-}" ]; then
     eval "$("$BED_DIR/env.sh" --all)"
     bash -c "$GUEST_RUN" || status=$?

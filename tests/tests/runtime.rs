@@ -443,6 +443,74 @@ fn a_nested_user_namespace_may_mount_its_own_proc() {
     assert!(["sh\n", "cat\n"].contains(&out.as_str()), "{out}");
 }
 
+/// runc's answers to the same questions, on this machine.
+#[test]
+fn output_has_the_form_of_runcs() {
+    let machine = Machine::start();
+    let bundle = sleeper(&machine, "b");
+    let theirs = machine.bundle("theirs", &["/bin/sleep", "1000"]);
+    fs::remove_file(theirs.dir.join("config.json")).unwrap();
+    let runc = |args: &[&str]| {
+        let root = machine.path("runc-root");
+        Command::new("runc")
+            .arg("--root")
+            .arg(root)
+            .args(args)
+            .stdin(std::process::Stdio::null())
+            .output()
+            .expect("need: runc")
+    };
+    assert!(runc(&["spec", "--bundle", &theirs.dir.display().to_string()]).status.success());
+    theirs.edit(|config| {
+        config["process"]["terminal"] = json!(false);
+        config["process"]["args"] = json!(["/bin/sleep", "1000"]);
+    });
+    let ours = machine.run_detached(&bundle, "c");
+    let mut start = Command::new("runc");
+    start
+        .arg("--root")
+        .arg(machine.path("runc-root"))
+        .args(["run", "--detach", "--bundle"])
+        .arg(&theirs.dir)
+        .arg("c");
+    let null = std::process::Stdio::null;
+    assert!(start.stdin(null()).stdout(null()).stderr(null()).status().unwrap().success());
+    let text = |output: &std::process::Output| String::from_utf8_lossy(&output.stdout).into_owned();
+    let keys = |json: &str| -> Vec<String> {
+        let value: serde_json::Value = serde_json::from_str(json).unwrap();
+        let object = value.as_array().map_or(&value, |all| &all[0]);
+        let mut keys: Vec<String> = object.as_object().unwrap().keys().cloned().collect();
+        keys.sort();
+        keys
+    };
+    assert_eq!(keys(&machine.runc(&["state", "c"]).ok()), keys(&text(&runc(&["state", "c"]))));
+    assert_eq!(
+        keys(&machine.runc(&["list", "--format", "json"]).ok()),
+        keys(&text(&runc(&["list", "--format", "json"])))
+    );
+    let head =
+        |text: String| text.lines().next().unwrap().split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+    assert_eq!(head(machine.runc(&["list"]).ok()), head(text(&runc(&["list"]))));
+    assert_eq!(head(machine.runc(&["ps", "c"]).ok()), head(text(&runc(&["ps", "c"]))));
+    let codes = |args: &[&str]| (machine.runc(args).code, runc(args).status.code().unwrap());
+    for args in [
+        &["state", "nobody"][..],
+        &["kill", "nobody"],
+        &["delete", "nobody"],
+        &["delete", "--force", "nobody"],
+        &["start", "c"],
+        &["delete", "c"],
+        &["exec", "c", "/bin/sh", "-c", "exit 5"],
+        &["exec", "c", "/no/such"],
+        &["kill", "c", "NOSUCH"],
+    ] {
+        let (our, their) = codes(args);
+        assert_eq!(our, their, "{args:?}");
+    }
+    drop(ours);
+    assert!(runc(&["delete", "--force", "c"]).status.success());
+}
+
 #[test]
 fn what_the_runtime_says_of_itself_is_json() {
     let machine = Machine::start();

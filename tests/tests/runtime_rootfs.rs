@@ -143,3 +143,28 @@ fn ids_are_kept_over_a_stop_and_freed_with_the_layer() {
     sh(&format!("umount {0}/rootfs; rm -r {0}/layer/x", bundle.dir.display()));
     eventually("the record is gone with the layer", || record() == 0);
 }
+
+/// As Docker's userns-remap leaves it: files on disk belong to the mapped ids already.
+#[test]
+fn an_overlay_that_the_engine_has_remapped_is_used_as_it_is() {
+    let machine = Machine::start();
+    let script = "cat /proc/self/uid_map; stat -c %u:%g /etc/app/f; touch /made /var/lib/docker/made; stat -f -c %T /var/lib/docker";
+    let bundle = overlay_bundle(&machine, &["/bin/sh", "-c", script]);
+    let dir = bundle.dir.display();
+    sh(&format!(
+        "umount {dir}/rootfs; chown -Rh 400000000:400000000 {dir}/layer/low {dir}/layer/x/diff; \
+         mount -t overlay overlay -o lowerdir={dir}/layer/low,upperdir={dir}/layer/x/diff,workdir={dir}/layer/x/work {dir}/rootfs"
+    ));
+    let lines = json!([{"containerID": 0, "hostID": 400_000_000, "size": 65536}]);
+    bundle.edit(|config| {
+        config["linux"]["uidMappings"] = lines.clone();
+        config["linux"]["gidMappings"] = lines.clone();
+        config["linux"]["namespaces"].as_array_mut().unwrap().push(json!({"type": "user"}));
+    });
+    let out = machine.run(&bundle, "c").ok();
+    assert_eq!(out.split_whitespace().collect::<Vec<_>>(), ["0", "400000000", "65536", "0:0", "ext2/ext3"]);
+    for made in ["made", "var/lib/docker/made"] {
+        let owner = fs::metadata(bundle.dir.join("layer/x/diff").join(made)).unwrap().uid();
+        assert_eq!(owner, 400_000_000, "{made}");
+    }
+}

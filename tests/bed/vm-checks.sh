@@ -1,0 +1,39 @@
+#!/bin/bash
+# vm-checks.sh: what only a host with systemd, pure cgroup v2, AppArmor and all capabilities shows; run by vm-guest in the
+# emulated machine, in the bed's environment. Every claim is looked at in a container that runs.
+. "$(dirname "$0")/lib.sh"
+name=vm-checks-$$
+trap 'bed_docker rm -fv $name >/dev/null 2>&1' EXIT
+failed=0
+claim() { # TEXT COMMAND...: holds if COMMAND succeeds
+    local text=$1
+    shift
+    if "$@"; then say "  HOLDS   $text"; else say "  FAILED  $text"; failed=1; fi
+}
+inside() { bed_docker exec $name "$@"; }
+
+bed_docker run -d --runtime=sysbox-runc --name $name --memory 256m --pids-limit 500 sysbox/debian:bookworm sleep infinity >/dev/null
+pid=$(bed_docker inspect -f '{{.State.Pid}}' $name)
+scope=/sys/fs/cgroup$(sed -n 's/^0:://p' "/proc/$pid/cgroup")  # .../docker-ID.scope/syscont/init.scope
+delegated=${scope%/*} parent=${scope%/*/*}
+
+is_unified() { [ "$(stat -fc %T /sys/fs/cgroup)" = cgroup2fs ] && [ "$(inside stat -fc %T /sys/fs/cgroup)" = cgroup2fs ]; }
+claim "the host and the container have the unified hierarchy" is_unified
+claim "the cgroup is a scope of systemd's (--systemd-cgroup)" systemctl is-active --quiet "$(basename "$parent")"
+claim "the limits are on the scope" [ "$(cat "$parent/memory.max") $(cat "$parent/pids.max")" = "268435456 500" ]
+claim "the container's root owns its delegated cgroup, and no limit file of it" \
+    [ "$(stat -c %u "$delegated") $(stat -c %u "$delegated/memory.max") $(stat -c %u "$parent/memory.max")" = "$(awk 'NR==1{print $2}' "/proc/$pid/uid_map") 0 0" ]
+cannot_raise() { ! inside sh -c 'echo max > /sys/fs/cgroup/memory.max' 2>/dev/null; }
+claim "the container cannot raise its limit" cannot_raise
+claim "it may make cgroups with controllers" inside sh -c 'mkdir /sys/fs/cgroup/a && echo 1000000 > /sys/fs/cgroup/a/memory.max'
+claim "an exec is in init's cgroup" [ "$(inside cat /proc/self/cgroup)" = "$(inside cat /proc/1/cgroup)" ]
+claim "meminfo shows the limit" [ "$(inside awk '/MemTotal/{print $2}' /proc/meminfo)" = 262144 ]
+claim "AppArmor is on, and the engine's default profile is not applied" \
+    [ "$(cat /sys/module/apparmor/parameters/enabled) $(inside cat /proc/1/attr/current | tr -d '\0')" = "Y unconfined" ]
+refused_profile() { bed_docker run --rm --runtime=sysbox-runc --security-opt apparmor=no-such-profile sysbox/busybox true 2>&1 | grep -q no-such-profile; }
+claim "a profile that is named and not there is refused by name" refused_profile
+claim "hard limits are raised" [ "$(inside sh -c 'ulimit -Hn')" = 1048576 ]
+bed_docker rm -fv $name >/dev/null
+gone() { [ ! -e "$parent" ]; }
+claim "the cgroups are gone with the container" gone
+exit $failed
