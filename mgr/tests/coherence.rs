@@ -12,6 +12,7 @@ use std::process::{Child, Command};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use sysbox_ipc::mgr::{Register, Reply, Request, Rootfs};
@@ -155,6 +156,12 @@ impl Drop for Bed {
         drop(self.coherence.take());
         self.init.kill().unwrap();
         self.init.wait().unwrap();
+        // The directory can only be removed without mounts in it. (A test may have unmounted some.)
+        for place in ["rootfs", "id/merged", "stage/lower", "stage/store"] {
+            if let Err(errno) = umount2(&self.path(place), MntFlags::MNT_DETACH) {
+                assert!(matches!(errno, Errno::EINVAL | Errno::ENOENT), "umount {place}: {errno}");
+            }
+        }
     }
 }
 

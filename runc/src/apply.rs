@@ -269,16 +269,12 @@ impl Base<'_> {
         let layers = self.stage.dir.join("layers");
         let shown = || format!("stage the layers of {}", rootfs.display());
         std::fs::create_dir(&layers).named(|| "mkdir(layers)".to_owned()).attempt(shown)?;
-        let fs = FsContext::open("overlay").attempt(shown)?;
         // Kernels before 6.13 take no descriptors, and only clones that are attached in this namespace; so all are.
-        let mut held = Vec::new();
+        let mut lowers = Vec::new();
         for (number, lower) in overlay.lowers.iter().enumerate() {
             let real =
                 lower.canonicalize().named(|| format!("realpath({})", lower.display())).attempt(shown)?;
-            let clone = self.attach_layer(&layers, number, &real)?;
-            self.set_layer(&fs, "lowerdir+", clone.as_fd())
-                .attempt(|| format!("overlay layer {}", lower.display()))?;
-            held.push(clone);
+            lowers.push(self.attach_layer(&layers, number, &real)?);
         }
         // Upper and work must lie on one mount, so it is their parent that is cloned.
         let home = overlay.upper.parent().unwrap_or(Path::new("/"));
@@ -294,25 +290,21 @@ impl Base<'_> {
         let name = overlay.upper.file_name().unwrap_or_default();
         let upper = nix::fcntl::openat(&clone, name, path_only, Mode::empty()).attempt(shown)?;
         let work = nix::fcntl::openat(&clone, "sysbox-work", path_only, Mode::empty()).attempt(shown)?;
-        self.set_layer(&fs, "upperdir", upper.as_fd()).attempt(shown)?;
-        self.set_layer(&fs, "workdir", work.as_fd()).attempt(shown)?;
         // The kernel makes the work directory's inside as the caller's file system ids; host root has none in there.
-        creds::with_fs_ids(self.map.root_uid(), self.map.root_gid(), || fs.create())
-            .and_then(|created| created)
+        let mounted = creds::with_fs_ids(self.map.root_uid(), self.map.root_gid(), || {
+            if self.facts.overlay_by_descriptor {
+                overlay_by_descriptor(&lowers, upper.as_fd(), work.as_fd())
+            } else {
+                overlay_by_path(&layers, &lowers, upper.as_fd(), work.as_fd())
+            }
+        });
+        let mounted = mounted
+            .and_then(|mounted| mounted)
             .attempt(|| format!("mount the shifted overlay of {}", rootfs.display()))?;
-        let mounted = fs.mount(m::Attributes::default()).attempt(shown)?;
         if m::is_read_only(&mounted).attempt(shown)? {
             return Err(ApplyError::SilentlyReadOnly { path: rootfs.to_owned() });
         }
         Ok(mounted)
-    }
-
-    fn set_layer(&self, fs: &FsContext, key: &str, layer: BorrowedFd<'_>) -> sysbox_sys::Result<()> {
-        if self.facts.overlay_by_descriptor {
-            fs.set_descriptor(key, layer)
-        } else {
-            fs.set_text(key, &proc_path(layer).to_string_lossy())
-        }
     }
 
     /// A shifted clone of `path`, attached below `layers` and opened there.
@@ -457,6 +449,40 @@ impl Base<'_> {
         let target = nix::fcntl::openat(AT_FDCWD, "/dev", OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty());
         m::attach(clone.as_fd(), target.attempt(shown)?.as_fd()).attempt(shown)
     }
+}
+
+/// Layers by descriptor, as Linux takes them from 6.13 on: any number of them.
+fn overlay_by_descriptor(
+    lowers: &[OwnedFd],
+    upper: BorrowedFd<'_>,
+    work: BorrowedFd<'_>,
+) -> sysbox_sys::Result<OwnedFd> {
+    let fs = FsContext::open("overlay")?;
+    for lower in lowers {
+        fs.set_descriptor("lowerdir+", lower.as_fd())?;
+    }
+    fs.set_descriptor("upperdir", upper)?;
+    fs.set_descriptor("workdir", work)?;
+    fs.create()?;
+    fs.mount(m::Attributes::default())
+}
+
+/// Layers by the paths of descriptors in one option string, which every kernel takes: fsconfig(2) would cut a value off at
+/// 255 bytes, mount(2) takes a page, which is some 200 layers.
+fn overlay_by_path(
+    layers: &Path,
+    lowers: &[OwnedFd],
+    upper: BorrowedFd<'_>,
+    work: BorrowedFd<'_>,
+) -> sysbox_sys::Result<OwnedFd> {
+    let point = layers.join("merged");
+    std::fs::create_dir(&point).named(|| format!("mkdir({})", point.display()))?;
+    let path = |fd: BorrowedFd<'_>| proc_path(fd).display().to_string();
+    let lower = lowers.iter().map(|fd| path(fd.as_fd())).collect::<Vec<_>>().join(":");
+    let options = format!("lowerdir={lower},upperdir={},workdir={}", path(upper), path(work));
+    mount(Some("overlay"), &point, Some("overlay"), MsFlags::empty(), Some(options.as_str()))
+        .named(|| format!("mount(overlay, {} layers)", lowers.len()))?;
+    m::clone_tree(&point, Depth::One)
 }
 
 fn make_node(dev: &Path, node: &Node) -> Result<()> {
