@@ -67,6 +67,8 @@ pub enum SurveyError {
     Mountinfo(std::io::Error),
     #[error("rootfs {}: {source}", path.display())]
     Rootfs { path: PathBuf, source: std::io::Error },
+    #[error("/process/apparmorProfile: `{profile}` is not loaded; hint: load it with apparmor_parser")]
+    NoProfile { profile: String },
     #[error("rootfs {}: the overlay has no upper directory", path.display())]
     NoUpper { path: PathBuf },
 }
@@ -87,6 +89,24 @@ pub fn look(bundle: &Bundle) -> Result<Survey, SurveyError> {
         boottime_ns: boottime_ns(),
         cgroup_v2: magic_of(Path::new("/sys/fs/cgroup")) == CGROUP2_MAGIC,
     })
+}
+
+/// A profile that is named must be there: the kernel would say only that some file does not exist.
+///
+/// # Errors
+/// `NoProfile`. Where the list cannot be read (no securityfs), the kernel's word has to do.
+pub fn require_profile(profile: &str) -> Result<(), SurveyError> {
+    let Ok(loaded) = std::fs::read_to_string("/sys/kernel/security/apparmor/profiles") else { return Ok(()) };
+    if is_loaded(&loaded, profile) {
+        Ok(())
+    } else {
+        Err(SurveyError::NoProfile { profile: profile.to_owned() })
+    }
+}
+
+/// The kernel's list has a line a profile: the name, and its mode in parentheses.
+fn is_loaded(list: &str, profile: &str) -> bool {
+    list.lines().any(|line| line.rsplit_once(" (").is_some_and(|(name, _)| name == profile))
 }
 
 fn boottime_ns() -> i64 {
@@ -256,6 +276,20 @@ mod tests {
             ground(&format!("rw,lowerdir=/a\\134:b\\040c:/d\\134\\054e,{rest}")),
             layers(&["/a:b c", "/d,e"])
         );
+    }
+
+    #[test]
+    fn a_profile_is_found_by_its_whole_name() {
+        let list = "docker-default (enforce)\n/usr/bin/man (enforce)\nname with (parens) (complain)\n";
+        for (profile, loaded) in [
+            ("docker-default", true),
+            ("docker", false),
+            ("/usr/bin/man", true),
+            ("name with (parens)", true),
+            ("", false),
+        ] {
+            assert_eq!(is_loaded(list, profile), loaded, "{profile}");
+        }
     }
 
     #[test]

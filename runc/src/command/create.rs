@@ -69,6 +69,7 @@ fn attempt<'a>(call: &Call<'_>, args: &CreateArgs, home: &'a Home, undo: &mut Un
 
     let stage = Stage::below(&call.global.run_dir);
     let plan = plan::plan(&bundle, &survey, &grant, &stage, &prepared)?;
+    plan.entry.apparmor.as_deref().map(survey::require_profile).transpose()?;
     for warning in &plan.warnings {
         call.log.warn(warning);
     }

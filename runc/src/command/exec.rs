@@ -30,6 +30,7 @@ pub fn exec(call: &Call<'_>, args: &ExecArgs) -> Result<i32> {
     crate::cgroup::begin_grace_period();
     let process = process_of(args, &state.process)?;
     let entry = plan::entry(&process, &state.id_map, &state.facts)?;
+    entry.apparmor.as_deref().map(crate::survey::require_profile).transpose()?;
     let reduced = plan::for_libcontainer(process.clone(), entry.apparmor.clone());
     let spec = tenant_spec(home.load_spec()?, reduced, init.pid);
     let filter = home.load_filter()?;
