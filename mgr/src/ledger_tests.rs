@@ -303,7 +303,7 @@ fn check_invariants(ledger: &Ledger, host: &Host) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 60000, failure_persistence: None, ..ProptestConfig::default() })]
     #[test]
     fn ranges_of_the_living_never_overlap_unless_they_share_a_network(steps in steps()) {
         let mut ledger = ledger();
