@@ -181,6 +181,12 @@ impl Ledger {
             return refuse(RefusalKind::NotFound, "it is not registered");
         };
         match record.phase {
+            // Its runtime ended before this message was read, and the container whose ids it shared has taken them back.
+            Phase::Creating { runtime }
+                if !alive(runtime) && self.is_used_apart(record, record.netns.or(netns), alive) =>
+            {
+                return refuse(RefusalKind::NotFound, "its registration is over, and others have its ids");
+            }
             Phase::Creating { .. } => {}
             Phase::Running { init: known } if known == init => {}
             Phase::Running { init: known } if alive(known) => {
@@ -268,12 +274,17 @@ impl Ledger {
     fn kept_map(&self, record: &Record, alive: &dyn Fn(Process) -> bool) -> Option<IdMap> {
         let inside = ranges(&record.id_map)
             .all(|range| self.pool.contains(range.start) && range.end() <= self.pool.end());
-        let used = self
-            .records
+        (record.allocated && inside && !self.is_used_apart(record, None, alive))
+            .then(|| record.id_map.clone())
+    }
+
+    /// Whether a live container has ids of this record without sharing the network namespace `netns` with it.
+    fn is_used_apart(&self, record: &Record, netns: Option<FileId>, alive: &dyn Fn(Process) -> bool) -> bool {
+        let shares = |other: &Record| netns.is_some() && other.netns == netns;
+        self.records
             .values()
-            .filter(|other| other.key != record.key && is_live(other, alive))
-            .any(|other| overlap(&other.id_map, &record.id_map));
-        (record.allocated && inside && !used).then(|| record.id_map.clone())
+            .filter(|other| other.key != record.key && is_live(other, alive) && !shares(other))
+            .any(|other| overlap(&other.id_map, &record.id_map))
     }
 
     fn new_map(&self, request: &Register, alive: &dyn Fn(Process) -> bool) -> Result<IdMap, Refusal> {

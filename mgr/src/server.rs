@@ -19,7 +19,7 @@ use tracing::{debug, error, info, trace, warn};
 use crate::aside::Upper;
 use crate::coherence::{Coherence, Target};
 use crate::in_full;
-use crate::ledger::{Fate, Layer, Ledger, Release, fate, process_of};
+use crate::ledger::{Fate, Layer, Ledger, Release, fate, process_of, ranges};
 use crate::observe;
 use crate::store::Store;
 use crate::vault::Vault;
@@ -279,7 +279,15 @@ impl Server {
     /// Something about the container changed: does its record still stand for anything?
     fn look_again(&mut self, key: &ContainerKey) {
         let Some(record) = self.ledger.get(key).cloned() else { return };
-        let fate = fate(&record, observe::seen(&record));
+        let mut fate = fate(&record, observe::seen(&record));
+        if fate == Fate::Remove && matches!(record.phase, Phase::Creating { .. }) {
+            // A runtime that was killed may have left an init behind: its ids are not free while it lives.
+            let left = ranges(&record.id_map).flat_map(observe::ids_in_use).next();
+            if let Some((pid, _)) = left {
+                warn!(container = %key, pid, "its runtime died and left a process: its ids stay taken until it is deleted");
+                fate = Fate::Keep;
+            }
+        }
         let why = if matches!(record.phase, Phase::Creating { .. }) {
             "never started"
         } else {

@@ -460,22 +460,50 @@ fn ids_of_a_living_process_without_record_are_not_given_away() {
     let pool = 0xa000_0000;
     let mut bed = Bed::with_range(pool, 1 << 20);
     bed.stop(Signal::SIGTERM);
-    let child = Command::new("unshare").args(["-U", "sleep", "1000"]).spawn().unwrap();
-    let init = Life { process: identify(i32::try_from(child.id()).unwrap()).unwrap(), child };
-    let proc = PathBuf::from(format!("/proc/{}", init.process.pid));
-    let deadline = Instant::now() + LIMIT;
-    while std::fs::read_link(proc.join("ns/user")).unwrap()
-        == std::fs::read_link("/proc/self/ns/user").unwrap()
-    {
-        assert!(Instant::now() < deadline, "needs user namespaces");
-        std::thread::yield_now();
-    }
-    std::fs::write(proc.join("uid_map"), format!("0 {pool} 65536")).unwrap();
+    let _init = life_with_ids(pool);
     bed.start();
     let runtime = Life::begin();
     let grant = bed.client().register(&bed.request("a", &runtime, bed.directory())).unwrap();
     assert_eq!(grant.id_map.root_uid(), pool + 65536);
     assert!(bed.log().contains("no record explains"), "{}", bed.log());
+}
+
+#[test]
+fn ids_are_not_free_while_an_orphan_of_a_killed_runtime_has_them() {
+    let bed = Bed::with_range(0xa100_0000, 1 << 20);
+    let client = bed.client();
+    let runtime = Life::begin();
+    let grant = client.register(&bed.request("a", &runtime, bed.directory())).unwrap();
+    let orphan = life_with_ids(grant.id_map.root_uid());
+    runtime.end();
+    eventually("the end is noticed", || bed.log().contains("left a process"));
+    let next = Life::begin();
+    let other = client.register(&bed.request("b", &next, bed.directory())).unwrap();
+    assert_ne!(other.id_map, grant.id_map);
+    orphan.end();
+    client.release(&bed.key("a"));
+    assert_eq!(bed.records().len(), 1);
+}
+
+/// A process in a user namespace with this id map.
+fn life_with_ids(root_uid: u32) -> Life {
+    let child = Command::new("unshare").args(["-U", "sleep", "1000"]).spawn().unwrap();
+    let life = Life { process: identify(i32::try_from(child.id()).unwrap()).unwrap(), child };
+    let proc = PathBuf::from(format!("/proc/{}", life.process.pid));
+    let here = std::fs::read_link("/proc/self/ns/user").unwrap();
+    eventually("a user namespace", || {
+        std::fs::read_link(proc.join("ns/user")).is_ok_and(|there| there != here)
+    });
+    std::fs::write(proc.join("uid_map"), format!("0 {root_uid} 65536")).unwrap();
+    life
+}
+
+fn eventually(what: &str, reached: impl Fn() -> bool) {
+    let deadline = Instant::now() + LIMIT;
+    while !reached() {
+        assert!(Instant::now() < deadline, "{what}: not within {LIMIT:?}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
 }
 
 #[test]

@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 /// Runs system containers: small machines with root, an init, Docker or Kubernetes inside, and no privileges on the host.
 ///
 /// Engines call this program in place of runc (`docker run --runtime=sysbox-runc …`). It needs the daemons sysbox-mgr and
-/// sysbox-fs; if a command says that one is not running, start the service `sysboxd`, or `make up` in the source tree.
+/// sysbox-fs; if a command says that one is not running, `make up` in the source tree starts both.
 #[derive(Debug, Parser)]
 #[command(name = "sysbox-runc", version = VERSION, disable_version_flag = true, subcommand_required = true)]
 pub struct Cli {

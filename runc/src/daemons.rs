@@ -16,7 +16,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 #[derive(Debug, thiserror::Error)]
 pub enum DaemonError {
-    #[error("{daemon} is not running (no answer at {}); hint: start sysboxd, or run `make up`", socket.display())]
+    #[error("{daemon} is not running (no answer at {}); hint: `make up` in the source tree starts the daemons", socket.display())]
     Missing { daemon: &'static str, socket: PathBuf },
     #[error("{daemon}: {source}")]
     Talk { daemon: &'static str, source: SocketError },
