@@ -25,10 +25,7 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> anyhow::Result<()> {
-    anyhow::ensure!(
-        nix::unistd::geteuid().is_root(),
-        "it has to run as root\nhint: sudo"
-    );
+    anyhow::ensure!(nix::unistd::geteuid().is_root(), "it has to run as root\nhint: sudo");
     let log = Target::new(cli.log.as_deref()).with_context(|| {
         format!("open the log {}", cli.log.as_deref().unwrap_or(Path::new("-")).display())
     })?;

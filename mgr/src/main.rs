@@ -101,10 +101,7 @@ fn print_facts(dir: &Path) -> anyhow::Result<()> {
 }
 
 fn run(arguments: &Arguments) -> anyhow::Result<()> {
-    anyhow::ensure!(
-        nix::unistd::geteuid().is_root(),
-        "it has to run as root\nhint: sudo"
-    );
+    anyhow::ensure!(nix::unistd::geteuid().is_root(), "it has to run as root\nhint: sudo");
     let log = Target::new(arguments.log.as_deref()).with_context(|| {
         format!("open the log {}", arguments.log.as_deref().unwrap_or(Path::new("-")).display())
     })?;
