@@ -21,7 +21,7 @@ use sysbox_sys::mount::{self as m, Depth, FsContext};
 use sysbox_sys::path::{Kind, make_in_root, open_in_root, proc_path};
 use sysbox_sys::{SysError, creds, userns};
 
-use crate::plan::{Attributes, Bind, Extent, Node, Place, Plan, Shift, Stage, Target, TargetKind};
+use crate::plan::{Attributes, Bind, Extent, Node, Place, Plan, Receives, Shift, Stage, Target, TargetKind};
 use crate::preload;
 use crate::survey::{Ground, Overlay, Survey};
 
@@ -71,6 +71,8 @@ pub struct Staged {
     pub rootfs: OwnedFd,
     map: IdMap,
     journal: Journal,
+    /// Clones attached on the rootfs, oldest first: in the way of taking their mount points away.
+    attached: Vec<OwnedFd>,
     /// For a person: what could not be done as well as asked.
     pub warnings: Vec<String>,
 }
@@ -80,6 +82,13 @@ impl Staged {
     /// not ours. Returns what failed.
     pub fn undo(self) -> Vec<String> {
         let mut failures = Vec::new();
+        for mount in self.attached.iter().rev() {
+            let gone = nix::mount::umount2(&proc_path(mount.as_fd()), nix::mount::MntFlags::MNT_DETACH);
+            failures.extend(gone.err().map(|errno| format!("detach a bind: {}", errno.desc())));
+        }
+        if let Err(error) = m::clear_read_only(self.rootfs.as_fd()) {
+            failures.push(error.to_string());
+        }
         for path in self.journal.created.iter().rev() {
             let Some((parent, name)) = path.parent().zip(path.file_name()) else { continue };
             let removed = open_in_root(self.rootfs.as_fd(), parent, OFlag::O_PATH | OFlag::O_DIRECTORY)
@@ -94,7 +103,7 @@ impl Staged {
                 });
             match removed {
                 Ok(()) => {}
-                Err(error) if matches!(error.errno, Errno::ENOENT | Errno::ENOTEMPTY | Errno::EBUSY) => {}
+                Err(error) if matches!(error.errno, Errno::ENOENT | Errno::ENOTEMPTY) => {}
                 Err(error) => failures.push(error.to_string()),
             }
         }
@@ -148,7 +157,13 @@ pub fn apply(
     let point = point.attempt(|| "open the stage".to_owned())?;
     m::attach(root_mount.as_fd(), point.as_fd())
         .attempt(|| format!("attach {}", stage.rootfs().display()))?;
-    let mut staged = Staged { rootfs: root_mount, map: map.clone(), journal: Journal::default(), warnings };
+    let mut staged = Staged {
+        rootfs: root_mount,
+        map: map.clone(),
+        journal: Journal::default(),
+        attached: Vec::new(),
+        warnings,
+    };
     match fill(&base, survey, &clones, &mut staged) {
         Ok(()) => Ok(staged),
         Err(error) => {
@@ -175,11 +190,14 @@ fn fill(base: &Base<'_>, survey: &Survey, clones: &[OwnedFd], staged: &mut Stage
                 let point = base.make_target(staged, target)?;
                 m::attach(clone.as_fd(), point.as_fd())
                     .attempt(|| format!("attach {}", target.path.display()))?;
+                let attached = clone.try_clone().named(|| "dup".to_owned());
+                staged.attached.push(attached.attempt(|| format!("attach {}", target.path.display()))?);
             }
             Place::Staged(number) => base.attach_staged(*number, bind.is_directory, clone.as_fd())?,
         }
     }
     if let Ground::Overlay(overlay) = &survey.ground {
+        base.copy_up(staged, overlay, USUAL.iter().map(Path::new))?;
         for root in &plan.layer_roots {
             let clone = base.layer_root(staged, overlay, &root.path)?;
             base.attach_staged(root.bind, true, clone.as_fd())?;
@@ -187,6 +205,9 @@ fn fill(base: &Base<'_>, survey: &Survey, clones: &[OwnedFd], staged: &mut Stage
     }
     for path in &plan.masks {
         base.mask(staged, path)?;
+    }
+    for path in &plan.frozen {
+        base.freeze(staged, path)?;
     }
     if plan.root.read_only {
         let read_only = m::Attributes { read_only: true, ..m::Attributes::default() };
@@ -222,6 +243,9 @@ fn clone_source(bind: &Bind, shifter: BorrowedFd<'_>, warnings: &mut Vec<String>
     };
     let shown = || format!("bind source {}", bind.source.display());
     let clone = m::clone_tree(&bind.source, depth).attempt(shown)?;
+    if bind.receives == Receives::Nothing {
+        m::set_propagation(clone.as_fd(), MsFlags::MS_PRIVATE, Depth::Tree).attempt(shown)?;
+    }
     if bind.shift != Shift::Never {
         // Submounts are shifted with the top where all of them can be; where one cannot, the top alone.
         let shifted = m::set_idmap(clone.as_fd(), shifter, depth).or_else(|error| {
@@ -243,6 +267,26 @@ fn clone_source(bind: &Bind, shifter: BorrowedFd<'_>, warnings: &mut Vec<String>
     Ok(clone)
 }
 
+/// Directories that programs are in or run from in nearly every image, copied up before anything can pin them.
+const USUAL: &[&str] = &[
+    "/",
+    "/etc",
+    "/home",
+    "/opt",
+    "/root",
+    "/srv",
+    "/usr",
+    "/usr/bin",
+    "/usr/lib",
+    "/usr/local",
+    "/usr/local/bin",
+    "/usr/sbin",
+    "/usr/share",
+    "/var",
+    "/var/lib",
+    "/var/log",
+];
+
 struct Base<'a> {
     plan: &'a Plan,
     stage: &'a Stage,
@@ -254,8 +298,10 @@ struct Base<'a> {
 impl Base<'_> {
     /// The rootfs from a directory: a clone, shifted unless the ids on disk are the container's.
     fn directory(&self, rootfs: &Path) -> Result<OwnedFd> {
-        let clone =
-            m::clone_tree(rootfs, Depth::Tree).attempt(|| format!("clone rootfs {}", rootfs.display()))?;
+        let shown = || format!("clone rootfs {}", rootfs.display());
+        let clone = m::clone_tree(rootfs, Depth::Tree).attempt(shown)?;
+        // What the host mounts below it later would come in, unshifted.
+        m::set_propagation(clone.as_fd(), MsFlags::MS_PRIVATE, Depth::Tree).attempt(shown)?;
         if self.plan.root.shift != Shift::Never {
             m::set_idmap(clone.as_fd(), self.shifter, Depth::One)
                 .map_err(|source| ApplyError::NoRootShift { path: rootfs.to_owned(), source })?;
@@ -344,16 +390,29 @@ impl Base<'_> {
     /// copy it up beneath us, and the container could not create in it any more (docs/decisions/0002-rootfs.md).
     fn copy_up_parents(&self, staged: &Staged, path: &Path, survey: &Survey) -> Result<()> {
         let Ground::Overlay(overlay) = &survey.ground else { return Ok(()) };
+        self.copy_up(staged, overlay, path.ancestors().skip(1))
+    }
+
+    fn copy_up<'p>(
+        &self,
+        staged: &Staged,
+        overlay: &Overlay,
+        directories: impl Iterator<Item = &'p Path>,
+    ) -> Result<()> {
         let (uid, gid) = self.disk_ids();
-        for parent in path.ancestors().skip(1) {
+        for parent in directories {
             let inside = parent.strip_prefix("/").unwrap_or(parent);
             // A look at the disk is cheaper than a copy-up that is not needed.
             if overlay.upper.join(inside).is_dir() {
                 continue;
             }
             let shown = || format!("copy up {}", parent.display());
-            let dir = open_in_root(staged.rootfs.as_fd(), parent, OFlag::O_RDONLY | OFlag::O_DIRECTORY)
-                .attempt(shown)?;
+            let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY;
+            let dir = match open_in_root(staged.rootfs.as_fd(), parent, flags) {
+                // One of the usual directories that this image has not, or has as a link.
+                Err(error) if matches!(error.errno, Errno::ENOENT | Errno::ENOTDIR) => continue,
+                other => other.attempt(shown)?,
+            };
             let mode = Mode::from_bits_truncate(fstat(&dir).attempt(shown)?.st_mode & 0o7777);
             creds::with_fs_ids(uid, gid, || nix::sys::stat::fchmod(&dir, mode))
                 .attempt(shown)?
@@ -392,11 +451,11 @@ impl Base<'_> {
                     .attempt(shown)?
                     .attempt(shown)?;
                 let missing = || SysError::new(Errno::ENOENT, "the copied-up directory");
-                let on_disk = open().and_then(|found| found.ok_or_else(missing)).attempt(shown)?;
-                preload::copy(&overlay.lowers, path, on_disk.as_fd()).attempt(shown)?;
-                on_disk
+                open().and_then(|found| found.ok_or_else(missing)).attempt(shown)?
             }
         };
+        let beside = overlay.upper.parent().unwrap_or(Path::new("/"));
+        preload::bring(&overlay.lowers, path, on_disk.as_fd(), beside).attempt(shown)?;
         let clone = m::clone_fd(on_disk.as_fd(), Depth::One).attempt(shown)?;
         if self.plan.root.shift != Shift::Never {
             m::set_idmap(clone.as_fd(), self.shifter, Depth::One).attempt(shown)?;
@@ -426,6 +485,19 @@ impl Base<'_> {
             clone
         };
         m::attach(cover.as_fd(), target.as_fd()).attempt(shown)
+    }
+
+    /// Makes a path of the rootfs read-only for good, by a clone of itself laid over it.
+    fn freeze(&self, staged: &Staged, path: &Path) -> Result<()> {
+        let shown = || format!("read-only path {}", path.display());
+        let target = match open_in_root(staged.rootfs.as_fd(), path, OFlag::O_PATH) {
+            Err(error) if matches!(error.errno, Errno::ENOENT | Errno::ENOTDIR) => return Ok(()),
+            other => other.attempt(shown)?,
+        };
+        let clone = m::clone_fd(target.as_fd(), Depth::Tree).attempt(shown)?;
+        let attributes = m::Attributes { read_only: true, ..m::Attributes::default() };
+        m::add_attributes(clone.as_fd(), attributes, Depth::Tree).attempt(shown)?;
+        m::attach(clone.as_fd(), target.as_fd()).attempt(shown)
     }
 
     /// A /dev with nodes that belong to the container's root, laid over the host's in this namespace: libcontainer binds

@@ -34,7 +34,7 @@ const OWNED_V2: &[&str] =
 pub enum CgroupError {
     #[error("cgroup {}: {attempt}: {source}", path.display())]
     Io { path: PathBuf, attempt: &'static str, source: std::io::Error },
-    #[error("/linux/cgroupsPath: `{}` has `..` in it", path.display())]
+    #[error("/linux/cgroupsPath: `{}` has `..` in it, or is the root", path.display())]
     Path { path: PathBuf },
     #[error("/linux/resources: {0}")]
     Limits(String),
@@ -108,6 +108,9 @@ pub fn locate(asked: Option<&Path>, name: &str, systemd: bool) -> Result<Cgroup>
         return Err(CgroupError::Path { path: named });
     }
     let parent = named.strip_prefix("/").unwrap_or(&named).to_owned();
+    if parent.components().next().is_none() {
+        return Err(CgroupError::Path { path: named });
+    }
     Ok(Cgroup { parent, hierarchies, systemd: None })
 }
 
@@ -545,6 +548,8 @@ mod tests {
         assert_eq!(parent("/docker/c").unwrap(), Path::new("docker/c"));
         assert_eq!(parent("").unwrap(), Path::new("sysbox-c"));
         assert_eq!(parent("system.slice:docker:c").unwrap(), Path::new("system.slice/docker-c.scope"));
-        assert!(matches!(parent("/docker/../../x"), Err(CgroupError::Path { .. })));
+        for bad in ["/docker/../../x", "/", "//"] {
+            assert!(matches!(parent(bad), Err(CgroupError::Path { .. })), "{bad}");
+        }
     }
 }

@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::ffi::CString;
 use std::fs::File;
 use std::io::Read;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
@@ -239,7 +239,14 @@ fn check_program(path: &Path) -> Result<(), Errno> {
 fn home_of(uid: u32) -> String {
     const MAX_PASSWD: u64 = 1024 * 1024;
     let mut text = String::new();
-    let read = File::open("/etc/passwd").and_then(|file| file.take(MAX_PASSWD).read_to_string(&mut text));
+    // The container's: a FIFO in its place must not hold us.
+    let opened =
+        File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open("/etc/passwd");
+    let regular = opened.and_then(|file| file.metadata().map(|facts| (file, facts.is_file())));
+    let read = match regular {
+        Ok((file, true)) => file.take(MAX_PASSWD).read_to_string(&mut text),
+        _ => return "/".to_owned(),
+    };
     if read.is_err() {
         return "/".to_owned();
     }

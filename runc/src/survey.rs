@@ -46,6 +46,8 @@ pub struct Survey {
     pub root_owner: (u32, u32),
     /// Bind sources by path; one that is missing is not here.
     pub sources: BTreeMap<PathBuf, Source>,
+    /// Data roots at which the image has a link or a file.
+    pub unusable_roots: Vec<&'static str>,
     /// Host paths that exist, among those the plan may want: /dev/fuse, /sys/kernel/debug …
     pub present: Vec<&'static str>,
     /// CLOCK_BOOTTIME, in nanoseconds.
@@ -85,10 +87,26 @@ pub fn look(bundle: &Bundle) -> Result<Survey, SurveyError> {
         ground: ground_of(&bundle.rootfs, &mountinfo)?,
         root_owner: (rootfs.uid(), rootfs.gid()),
         sources: sources_of(&bundle.spec, &bundle.dir),
+        unusable_roots: unusable_roots(&bundle.rootfs),
         present: ASKED.iter().copied().filter(|path| Path::new(path).exists()).collect(),
         boottime_ns: boottime_ns(),
         cgroup_v2: magic_of(Path::new("/sys/fs/cgroup")) == CGROUP2_MAGIC,
     })
+}
+
+/// By a walk that follows no link: what is no directory at its end, or on the way, is none.
+fn unusable_roots(rootfs: &Path) -> Vec<&'static str> {
+    use nix::errno::Errno;
+    use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
+    let Ok(root) = std::fs::File::open(rootfs) else { return Vec::new() };
+    let how = OpenHow::new()
+        .flags(OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS);
+    let is_no_directory = |path: &&&str| {
+        let inside = path.strip_prefix('/').unwrap_or(path);
+        !matches!(openat2(&root, inside, how), Ok(_) | Err(Errno::ENOENT))
+    };
+    sysbox_ipc::mgr::DATA_ROOTS.iter().filter(is_no_directory).copied().collect()
 }
 
 /// A profile that is named must be there: the kernel would say only that some file does not exist.

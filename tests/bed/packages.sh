@@ -7,6 +7,7 @@
 TABLE='
 build  | gcc                                       | gcc
 build  | make                                      | make
+build  | /usr/lib/*/crt1.o                         | libc6-dev
 build  | pkg-config                                | pkg-config
 build  | /usr/lib/*/pkgconfig/libseccomp.pc        | libseccomp-dev
 engine | dockerd                                   | docker.io

@@ -144,3 +144,12 @@ fn the_spec_that_is_written_runs_with_a_terminal() {
     let text = String::from_utf8_lossy(&script.stdout);
     assert!(text.contains("a terminal"), "{text}");
 }
+
+#[test]
+fn a_passwd_that_is_a_pipe_holds_no_exec() {
+    let machine = Machine::start();
+    let bundle = sleeper(&machine, "b");
+    let running = machine.run_detached(&bundle, "c");
+    running.exec("mkdir -p /etc && /bin/busybox mkfifo /etc/passwd").ok();
+    assert_eq!(running.exec("echo $HOME").ok(), "/\n");
+}

@@ -168,3 +168,36 @@ fn an_overlay_that_the_engine_has_remapped_is_used_as_it_is() {
         assert_eq!(owner, 400_000_000, "{made}");
     }
 }
+
+/// A shared source, as everything is on a host with systemd.
+#[test]
+fn what_the_host_mounts_later_stays_outside() {
+    let machine = Machine::start();
+    private_mounts();
+    let source = machine.path("source");
+    fs::create_dir_all(source.join("sub")).unwrap();
+    let shown = source.display();
+    sh(&format!("mount -t tmpfs tmpfs {shown} && mount --make-shared {shown} && mkdir {shown}/sub"));
+    let bundle = machine.bundle("b", &["/bin/sleep", "1000"]);
+    bundle.mount("/x", &source, &["rbind", "rprivate"]);
+    let running = machine.run_detached(&bundle, "c");
+    sh(&format!("mount -t tmpfs tmpfs {shown}/sub && touch {shown}/sub/later"));
+    assert_eq!(running.exec("ls /x/sub").ok(), "");
+    sh(&format!("umount {shown}/sub && umount {shown}"));
+}
+
+#[test]
+fn an_image_with_a_link_for_a_data_root_starts() {
+    let machine = Machine::start();
+    let bundle =
+        overlay_bundle(&machine, &["/bin/sh", "-c", "readlink /var/lib/docker; cat /var/lib/kubelet"]);
+    let dir = bundle.dir.display();
+    sh(&format!(
+        "umount {dir}/rootfs; rm -r {dir}/layer/low/var/lib/docker; ln -s /data {dir}/layer/low/var/lib/docker; \
+         echo file > {dir}/layer/low/var/lib/kubelet; \
+         mount -t overlay overlay -o lowerdir={dir}/layer/low,upperdir={dir}/layer/x/diff,workdir={dir}/layer/x/work {dir}/rootfs"
+    ));
+    let said = machine.run(&bundle, "c");
+    assert!(said.err.contains("/var/lib/docker") && said.err.contains("/var/lib/kubelet"), "{}", said.err);
+    assert_eq!(said.ok(), "/data\nfile\n");
+}

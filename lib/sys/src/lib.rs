@@ -15,5 +15,6 @@ pub mod seccomp;
 pub mod socket;
 pub mod terminal;
 pub mod userns;
+pub mod xattr;
 
 pub use error::{Result, SysError};

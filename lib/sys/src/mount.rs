@@ -129,6 +129,16 @@ pub fn add_attributes(mount: BorrowedFd<'_>, attributes: Attributes, depth: Dept
     setattr(mount, depth, attr, || format!("mount_setattr({}, {attributes:?})", mount.as_raw_fd()))
 }
 
+/// Makes a mount writable again that [`add_attributes`] made read-only.
+///
+/// # Errors
+/// `EPERM` where the mount is locked so.
+pub fn clear_read_only(mount: BorrowedFd<'_>) -> Result<()> {
+    let attr =
+        libc::mount_attr { attr_set: 0, attr_clr: libc::MOUNT_ATTR_RDONLY, propagation: 0, userns_fd: 0 };
+    setattr(mount, Depth::One, attr, || format!("mount_setattr({}, rw)", mount.as_raw_fd()))
+}
+
 /// Sets the propagation of a mount (`MS_PRIVATE`, `MS_SLAVE`, `MS_SHARED`).
 ///
 /// # Errors

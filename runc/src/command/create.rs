@@ -93,22 +93,42 @@ fn attempt<'a>(call: &Call<'_>, args: &CreateArgs, home: &'a Home, undo: &mut Un
         Ok(init) => init,
         Err(error) => return Err(give_up(call, staged, error)),
     };
+    let finished = finish(args, home, &bundle, &survey, &mgr, &fs, &mut state, init);
+    match finished {
+        Ok(()) => Ok(state),
+        Err(error) => {
+            state.cgroup.kill_all();
+            for failure in state.cgroup.remove(home.key.id.as_str()) {
+                call.log.warn(&format!("cleaning up after a failed create: {failure}"));
+            }
+            Err(give_up(call, staged, error))
+        }
+    }
+}
+
+/// The daemons and the disk hear of init.
+#[allow(clippy::too_many_arguments)] // the last step of one path
+fn finish(
+    args: &CreateArgs,
+    home: &Home,
+    bundle: &Bundle,
+    survey: &Survey,
+    mgr: &Mgr,
+    fs: &Fs,
+    state: &mut State,
+    init: Process,
+) -> Result<()> {
     if matches!(survey.ground, Ground::Overlay(_)) {
         crate::overlay::flush(&bundle.rootfs);
     }
-    let cgroup = state.cgroup.clone();
-    undo.push(move || {
-        cgroup.kill_all();
-        cgroup.remove(home.key.id.as_str()).iter().map(ToString::to_string).collect()
-    });
     mgr.started(&home.key, init)?;
     fs.register(&home.key, init)?;
     state.init = Some(init);
-    home.save(&state)?;
+    home.save(state)?;
     if let Some(path) = &args.pid_file {
         write_pid_file(path, init.pid)?;
     }
-    Ok(state)
+    Ok(())
 }
 
 /// The mount points made in the rootfs go as well: a failed create leaves a layer as it found it.
@@ -196,6 +216,18 @@ fn register(
     let netns = plan::netns_path(&bundle.spec).map(look).transpose()?;
     if netns.is_some() && netns == Some(look(Path::new("/proc/self/ns/net"))?) {
         bail!("/linux/namespaces: {}", bundle::HOST_NETWORK);
+    }
+    for namespace in bundle.spec.linux().iter().filter_map(|linux| linux.namespaces().as_ref()).flatten() {
+        let Some(path) = namespace.path() else { continue };
+        let typ = namespace.typ().to_string();
+        if matches!(typ.as_str(), "user" | "mnt" | "time") {
+            bail!(
+                "/linux/namespaces: a {typ} namespace is always the container's own; it cannot be given by path"
+            );
+        }
+        if look(path)? == look(Path::new(&format!("/proc/self/ns/{typ}")))? {
+            bail!("/linux/namespaces: sysbox containers can't share namespaces {{{typ}}} with the host");
+        }
     }
     Ok(Register {
         key: home.key.clone(),

@@ -22,7 +22,8 @@ pub fn delete(call: &Call<'_>, id: &str, force: bool) -> Result<()> {
     };
     let status = home.status(&state);
     if status != Status::Stopped {
-        if !force {
+        // As runc: one that was never started is ended without being asked twice.
+        if !force && status != Status::Created {
             bail!("cannot delete container {id} that is not stopped: {}", status.as_str());
         }
         end(&state)?;

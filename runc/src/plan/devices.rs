@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{
-    LinuxDevice, LinuxDeviceBuilder, LinuxDeviceCgroupBuilder, LinuxDeviceType, LinuxResources, Spec,
+    LinuxDevice, LinuxDeviceBuilder, LinuxDeviceCgroup, LinuxDeviceCgroupBuilder, LinuxDeviceType,
+    LinuxResources, Spec,
 };
 use sysbox_ipc::IdMap;
 
@@ -58,7 +59,9 @@ pub(super) fn plan(spec: &Spec, survey: &Survey, map: &IdMap) -> Result<Vec<Node
     let machine = MACHINE.iter().filter(|(path, ..)| survey.present.contains(path));
     nodes.extend(machine.map(|(path, major, minor)| plain(path, *major, *minor, false)));
     let asked = spec.linux().as_ref().and_then(|linux| linux.devices().as_ref()).into_iter().flatten();
-    for device in asked {
+    // `--privileged` lists every device of the host: a machine has none of them (docs/SECURITY.md).
+    let everything = spec.linux().as_ref().and_then(|l| l.resources().as_ref()).is_some_and(allows_all);
+    for device in asked.filter(|_| !everything) {
         let path = device.path();
         let inside = path.strip_prefix("/dev").ok().filter(|rest| !rest.as_os_str().is_empty());
         let plain_names = path.components().all(|part| !matches!(part, std::path::Component::ParentDir));
@@ -86,6 +89,16 @@ pub(super) fn plan(spec: &Spec, survey: &Survey, map: &IdMap) -> Result<Vec<Node
     Ok(nodes)
 }
 
+/// Whether the rules let the container at every device there is.
+fn allows_all(resources: &LinuxResources) -> bool {
+    resources.devices().iter().flatten().any(|rule| rule.allow() && is_for_all(rule))
+}
+
+fn is_for_all(rule: &LinuxDeviceCgroup) -> bool {
+    let any = |number: Option<i64>| number.is_none_or(|number| number < 0);
+    matches!(rule.typ(), None | Some(LinuxDeviceType::A)) && any(rule.major()) && any(rule.minor())
+}
+
 /// The nodes as libcontainer is to bind them; the standard ones it binds unasked.
 pub(super) fn listed(nodes: &[Node]) -> Vec<LinuxDevice> {
     let build = |node: &Node| {
@@ -103,6 +116,12 @@ pub(super) fn listed(nodes: &[Node]) -> Vec<LinuxDevice> {
 /// Device cgroup rules: what the engine says, and then the machine nodes, which it does not know of.
 pub(super) fn rules(mut resources: LinuxResources, nodes: &[Node]) -> LinuxResources {
     let mut rules = resources.devices().clone().unwrap_or_default();
+    if allows_all(&resources) || !rules.iter().any(is_for_all) {
+        let none =
+            LinuxDeviceCgroupBuilder::default().allow(false).typ(LinuxDeviceType::A).access("rwm").build();
+        rules.retain(|rule| !is_for_all(rule));
+        rules.insert(0, none.expect("every field without a default is set"));
+    }
     let machine = nodes.iter().filter(|node| MACHINE.iter().any(|(path, ..)| Path::new(path) == node.path));
     rules.extend(machine.map(|node| {
         LinuxDeviceCgroupBuilder::default()

@@ -20,7 +20,7 @@ use crate::bundle::Bundle;
 use crate::survey::{Survey, is_bind, source_path};
 
 pub use devices::Node;
-pub use mounts::{Attributes, Bind, Extent, Place, Shift, Target, TargetKind};
+pub use mounts::{Attributes, Bind, Extent, Place, Receives, Shift, Target, TargetKind};
 pub use process::{Entry, entry, for_libcontainer};
 
 /// Where the plan will be carried out: paths in the runtime's private mount namespace.
@@ -86,6 +86,8 @@ pub struct Plan {
     pub binds: Vec<Bind>,
     /// Paths outside /proc and /sys to be hidden for good.
     pub masks: Vec<PathBuf>,
+    /// Paths outside /proc and /sys to be read-only for good.
+    pub frozen: Vec<PathBuf>,
     /// Data roots to be attached from the container's own layer.
     pub layer_roots: Vec<LayerRoot>,
     /// What the container's first process becomes.
@@ -233,6 +235,7 @@ pub fn plan(
         nodes,
         binds: mounted.binds,
         masks: mounted.masks,
+        frozen: mounted.frozen,
         layer_roots: mounted.layer_roots,
         entry,
         resources,

@@ -52,6 +52,14 @@ pub enum Place {
     Locked(Target),
 }
 
+/// What the host mounts or unmounts below the source later.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Receives {
+    Nothing,
+    /// `rslave` and, as the container cannot give back, `rshared`. It comes with the host's ids and flags.
+    HostMounts,
+}
+
 /// A clone of a host mount.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Bind {
@@ -62,6 +70,7 @@ pub struct Bind {
     pub top: Attributes,
     pub tree: Attributes,
     pub shift: Shift,
+    pub receives: Receives,
     pub place: Place,
 }
 
@@ -91,6 +100,7 @@ pub(super) struct Mounted {
     pub(super) read_only: Vec<String>,
     /// For the runtime: paths elsewhere.
     pub(super) masks: Vec<PathBuf>,
+    pub(super) frozen: Vec<PathBuf>,
 }
 
 /// Files below /proc over which a user may bind a file of his own, as in runc.
@@ -232,6 +242,11 @@ fn mount(destination: impl Into<PathBuf>, typ: &str, source: impl Into<PathBuf>,
         .expect("a mount with destination, type, source and options is complete")
 }
 
+fn receives(asked: &Mount) -> Receives {
+    let slave = |option: &String| matches!(option.as_str(), "slave" | "rslave" | "shared" | "rshared");
+    if asked.options().iter().flatten().any(slave) { Receives::HostMounts } else { Receives::Nothing }
+}
+
 struct Planner<'a> {
     bundle: &'a Bundle,
     survey: &'a Survey,
@@ -286,8 +301,8 @@ impl Planner<'_> {
         };
         let (top, tree) = attributes(asked);
         let tree_wanted = asked.options().iter().flatten().any(|option| option == "rbind");
-        let writable = !top.read_only && !tree.read_only && !self.root_only(&source);
-        if writable && source.is_directory && source.exposed && !self.is_engines(&path) {
+        let writable = !top.read_only && !tree.read_only;
+        if writable && source.exposed && !self.is_engines(&path) {
             self.warnings.push(format!(
                 "bind mount {}: users of the host can reach {}, so root of the container can leave setuid files there for \
                  them; hint: close a directory on the way (chmod 700), or mount it read-only",
@@ -296,6 +311,12 @@ impl Planner<'_> {
             ));
         }
         let kind = if source.is_directory { TargetKind::Directory } else { TargetKind::File };
+        if source.magic == OVERLAY_MAGIC && !self.map.owns_host_uid(source.uid) {
+            self.warnings.push(format!(
+                "bind source {}: an overlay cannot shift ids; its files will belong to nobody inside",
+                path.display()
+            ));
+        }
         let place = if locked {
             Place::Locked(Target { path: destination.clone(), kind })
         } else {
@@ -310,15 +331,11 @@ impl Planner<'_> {
             top,
             tree,
             shift: self.shift_of(asked, &source),
+            receives: receives(asked),
             source: path,
             place,
         });
         Ok(())
-    }
-
-    /// Whether a source is one that only root of the host owns and sets up for this container (a file, not a tree).
-    fn root_only(&self, source: &Source) -> bool {
-        !source.is_directory
     }
 
     /// The engine's own per-container directories (shm, secrets) are no concern of the user's.
@@ -393,6 +410,12 @@ impl Planner<'_> {
             if own {
                 continue;
             }
+            if self.survey.unusable_roots.contains(path) {
+                self.warnings.push(format!(
+                    "data root {path}: the image has a link or a file there; an engine inside will find an overlay"
+                ));
+                continue;
+            }
             let number = self.number();
             self.done.mounts.push(mount(*path, "bind", self.stage.bind(number), &["bind"]));
             self.done.layer_roots.push(LayerRoot { path: PathBuf::from(path), bind: number });
@@ -410,7 +433,13 @@ impl Planner<'_> {
                 self.done.masks.push(PathBuf::from(path));
             }
         }
-        self.done.read_only.extend(linux.readonly_paths().iter().flatten().filter(kept).cloned());
+        for path in linux.readonly_paths().iter().flatten().filter(kept) {
+            if of_kernel(path) {
+                self.done.read_only.push(path.clone());
+            } else {
+                self.done.frozen.push(PathBuf::from(path));
+            }
+        }
     }
 
     /// The destinations directly on the rootfs; those on other mounts are made when these are there.

@@ -41,6 +41,7 @@ fn planned(spec: Spec) -> Result<Plan, PlanError> {
         ground: Ground::Overlay(overlay),
         root_owner: (0, 0),
         sources,
+        unusable_roots: vec![],
         present: vec!["/dev/fuse", "/sys/kernel/debug"],
         boottime_ns: 12_345_000_000_000,
         cgroup_v2: false,
@@ -225,6 +226,35 @@ fn devices_outside_dev_are_refused() {
         assert_eq!(with(path).unwrap_err(), PlanError::DevicePath { path: path.into() });
     }
     assert!(with("/dev/mine").unwrap().nodes.iter().any(|node| node.path == Path::new("/dev/mine")));
+}
+
+#[test]
+fn every_device_of_the_host_is_none_of_the_containers() {
+    let privileged = planned(spec(
+        json!([]),
+        json!({
+            "devices": [{"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}],
+            "resources": {"devices": [{"allow": true, "access": "rwm"}]},
+        }),
+    ))
+    .unwrap();
+    assert!(privileged.nodes.iter().all(|node| node.typ == oci_spec::runtime::LinuxDeviceType::C));
+    assert!(!privileged.nodes.iter().any(|node| node.path == Path::new("/dev/sda")));
+    let rules = privileged.resources.devices().clone().unwrap();
+    assert!(!rules[0].allow() && rules[1..].iter().all(|rule| rule.major().is_some()));
+    let asked = json!([{"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}]);
+    let one = planned(spec(json!([]), json!({"devices": asked}))).unwrap();
+    assert!(one.nodes.iter().any(|node| node.path == Path::new("/dev/sda")));
+}
+
+#[test]
+fn host_mounts_come_later_only_where_they_are_asked_for() {
+    let receives = |options: &[&str]| {
+        planned(spec(json!([bind("/x", "/h/a", options)]), json!({}))).unwrap().binds[0].receives
+    };
+    assert_eq!(receives(&["rbind", "rprivate"]), Receives::Nothing);
+    assert_eq!(receives(&["rbind"]), Receives::Nothing);
+    assert_eq!(receives(&["rbind", "rslave"]), Receives::HostMounts);
 }
 
 #[test]
