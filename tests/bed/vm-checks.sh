@@ -30,7 +30,11 @@ claim "an exec is in init's cgroup" [ "$(inside cat /proc/self/cgroup)" = "$(ins
 claim "meminfo shows the limit" [ "$(inside awk '/MemTotal/{print $2}' /proc/meminfo)" = 262144 ]
 claim "AppArmor is on, and the engine's default profile is not applied" \
     [ "$(cat /sys/module/apparmor/parameters/enabled) $(inside cat /proc/1/attr/current | tr -d '\0')" = "Y unconfined" ]
-refused_profile() { bed_docker run --rm --runtime=sysbox-runc --security-opt apparmor=no-such-profile sysbox/busybox true 2>&1 | grep -q no-such-profile; }
+refused_profile() { # docker fails, as it must, and says why
+    local said
+    said=$(bed_docker run --rm --runtime=sysbox-runc --security-opt apparmor=no-such-profile sysbox/busybox true 2>&1) && return 1
+    [[ $said == *no-such-profile* ]] || { say "$said"; return 1; }
+}
 claim "a profile that is named and not there is refused by name" refused_profile
 is_raised() { local hard; hard=$(inside sh -c 'ulimit -Hn'); [ "$hard" = unlimited ] || [ "$hard" -ge 1048576 ]; }
 claim "hard limits are raised" is_raised
