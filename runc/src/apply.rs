@@ -184,6 +184,10 @@ fn fill(base: &Base<'_>, survey: &Survey, clones: &[OwnedFd], staged: &mut Stage
         base.copy_up_parents(staged, &target.path, survey)?;
         drop(made);
     }
+    if let Ground::Overlay(overlay) = &survey.ground {
+        // Before any bind lies over one of them: a directory of the user's is not ours to touch.
+        base.copy_up(staged, overlay, USUAL.iter().map(Path::new))?;
+    }
     for (bind, clone) in plan.binds.iter().zip(clones) {
         match &bind.place {
             Place::Locked(target) => {
@@ -197,7 +201,6 @@ fn fill(base: &Base<'_>, survey: &Survey, clones: &[OwnedFd], staged: &mut Stage
         }
     }
     if let Ground::Overlay(overlay) = &survey.ground {
-        base.copy_up(staged, overlay, USUAL.iter().map(Path::new))?;
         for root in &plan.layer_roots {
             let clone = base.layer_root(staged, overlay, &root.path)?;
             base.attach_staged(root.bind, true, clone.as_fd())?;

@@ -172,11 +172,12 @@ impl Executor for Init {
             eprintln!("sysbox-runc: {message}");
             ExecutorError::Other(message)
         };
+        // Looked up before the filter is loaded: it may not allow what that takes.
+        let environment = self.environment();
         self.become_entry().map_err(failed)?;
         let program = self.program.get().ok_or_else(|| failed("not validated".to_owned()))?;
         let args: Vec<CString> =
             self.entry.args.iter().filter_map(|arg| CString::new(arg.as_str()).ok()).collect();
-        let environment = self.environment();
         let Err(errno) = nix::unistd::execve(program, &args, &environment);
         Err(failed(format!("exec {}: {}", program.to_string_lossy(), errno.desc().to_lowercase())))
     }

@@ -110,7 +110,7 @@ fn an_overlay_is_shifted_layers_upper_and_all() {
     assert_eq!((whiteout.rdev(), whiteout.uid()), (0, 0));
     assert_eq!(fs::metadata(bundle.dir.join("layer/low/etc/app/f")).unwrap().uid(), 0);
     assert_eq!(
-        fs::read_dir(bundle.dir.join("layer/x/work/work")).unwrap().count(),
+        fs::read_dir(bundle.dir.join("layer/x/work").join("work")).unwrap().count(),
         0,
         "the engine's work directory is in use"
     );
@@ -200,4 +200,24 @@ fn an_image_with_a_link_for_a_data_root_starts() {
     let said = machine.run(&bundle, "c");
     assert!(said.err.contains("/var/lib/docker") && said.err.contains("/var/lib/kubelet"), "{}", said.err);
     assert_eq!(said.ok(), "/data\nfile\n");
+}
+
+/// The usual directories are copied up; one that a bind lies over is the user's.
+#[test]
+fn a_volume_over_a_usual_directory_is_not_touched() {
+    let machine = Machine::start();
+    let volume = machine.path("vol");
+    fs::create_dir_all(volume.join("below")).unwrap();
+    let bundle = overlay_bundle(&machine, &["/bin/ls", "/opt"]);
+    let dir = bundle.dir.display();
+    sh(&format!(
+        "umount {dir}/rootfs; mkdir -p {dir}/layer/low/opt; \
+         mount -t overlay overlay -o lowerdir={dir}/layer/low,upperdir={dir}/layer/x/diff,workdir={dir}/layer/x/work {dir}/rootfs"
+    ));
+    bundle.mount("/opt", &volume, &["rbind", "ro"]);
+    bundle.mount("/opt/below", &volume.join("below"), &["rbind", "ro"]);
+    let changed = || fs::metadata(&volume).map(|facts| (facts.ctime(), facts.ctime_nsec())).unwrap();
+    let before = changed();
+    assert_eq!(machine.run(&bundle, "c").ok(), "below\n");
+    assert_eq!(changed(), before);
 }

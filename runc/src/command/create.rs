@@ -209,14 +209,9 @@ fn register(
     id_map: Option<sysbox_ipc::IdMap>,
 ) -> Result<Register> {
     let look = |path: &Path| {
-        let facts =
-            std::fs::metadata(path).with_context(|| format!("network namespace {}", path.display()))?;
+        let facts = std::fs::metadata(path).with_context(|| format!("namespace {}", path.display()))?;
         anyhow::Ok(FileId { dev: facts.dev(), ino: facts.ino() })
     };
-    let netns = plan::netns_path(&bundle.spec).map(look).transpose()?;
-    if netns.is_some() && netns == Some(look(Path::new("/proc/self/ns/net"))?) {
-        bail!("/linux/namespaces: {}", bundle::HOST_NETWORK);
-    }
     for namespace in bundle.spec.linux().iter().filter_map(|linux| linux.namespaces().as_ref()).flatten() {
         let Some(path) = namespace.path() else { continue };
         let typ = namespace.typ().to_string();
@@ -226,6 +221,9 @@ fn register(
             );
         }
         if look(path)? == look(Path::new(&format!("/proc/self/ns/{typ}")))? {
+            if namespace.typ() == LinuxNamespaceType::Network {
+                bail!("/linux/namespaces: {}", bundle::HOST_NETWORK);
+            }
             bail!("/linux/namespaces: sysbox containers can't share namespaces {{{typ}}} with the host");
         }
     }
@@ -240,7 +238,7 @@ fn register(
             Ground::Directory => Rootfs::Directory { path: bundle.rootfs.clone() },
         },
         id_map,
-        netns,
+        netns: plan::netns_path(&bundle.spec).map(look).transpose()?,
         claims: plan::claims(bundle, survey),
     })
 }
