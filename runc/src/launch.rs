@@ -162,6 +162,9 @@ impl Launch<'_> {
             as_sibling: true,
             pid_file: None,
         };
+        // libcontainer's path library tries openat2(2) on the working directory when a lookup fails, and takes EACCES to
+        // mean that the kernel has none: from an engine's bundle (0700) every mount then cost some 700 system calls.
+        std::env::set_current_dir("/").map_err(|e| step("chdir /")(&e))?;
         // Processes in namespaces that we join must not be able to look into us (CVE-2016-9962).
         nix::sys::prctl::set_dumpable(false).map_err(|e| step("prctl(PR_SET_DUMPABLE)")(&e))?;
         let pid = container_main_process(&args).map_err(|error| {
