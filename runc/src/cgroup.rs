@@ -15,6 +15,8 @@ use nix::unistd::Pid;
 use oci_spec::runtime::LinuxResources;
 use serde::{Deserialize, Serialize};
 
+use crate::cpuset;
+
 /// The delegated child. On the unified hierarchy init lives one deeper, since a cgroup that hands out controllers holds no
 /// processes.
 const DELEGATED: &str = "syscont";
@@ -46,7 +48,7 @@ pub enum CgroupError {
 
 type Result<T> = std::result::Result<T, CgroupError>;
 
-fn io(path: &Path, attempt: &'static str) -> impl FnOnce(std::io::Error) -> CgroupError {
+pub fn io(path: &Path, attempt: &'static str) -> impl FnOnce(std::io::Error) -> CgroupError {
     let path = path.to_owned();
     move |source| CgroupError::Io { path, attempt, source }
 }
@@ -301,6 +303,32 @@ impl Cgroup {
         Ok(())
     }
 
+    /// Changes the limits that are given. Device rules are none of them: the child's could not follow.
+    ///
+    /// # Errors
+    /// What the kernel refuses; what came before it in the order of controllers is in force.
+    pub fn update(&self, resources: &LinuxResources, id: &str) -> Result<()> {
+        let mut resources = resources.clone();
+        resources.set_devices(None);
+        if let Some(mut cpu) = resources.cpu().clone()
+            && let Some(hierarchy) = self.hierarchies.iter().find(|h| has_controller(h, "cpuset"))
+        {
+            let parent = hierarchy.mount.join(&self.parent);
+            for (file, wanted) in [("cpuset.cpus", cpu.cpus()), ("cpuset.mems", cpu.mems())] {
+                let Some(wanted) = wanted else { continue };
+                cpuset::set(&parent, DELEGATED, file, wanted)?;
+            }
+            cpu.set_cpus(None).set_mems(None);
+            resources.set_cpu(Some(cpu));
+        }
+        // systemd would undo what it was not told.
+        let manager = match &self.systemd {
+            Some(scope) => self.manager(scope, id, true),
+            None => self.manager(&Path::new("/").join(&self.parent), id, false),
+        };
+        apply(&manager?, &resources)
+    }
+
     /// Every process of the container: all are born in its anchors, which no process can leave. Where there are none (a
     /// host with version 1 controllers alone), those in any hierarchy.
     pub fn processes(&self) -> Vec<Pid> {
@@ -432,21 +460,16 @@ fn make_path(hierarchy: &Hierarchy, path: &Path) -> Result<()> {
 fn make_step(hierarchy: &Hierarchy, parent: &Path, name: &Path) -> Result<()> {
     let path = parent.join(name);
     create_dir(&path)?;
-    if hierarchy.name.split(',').any(|name| name == "cpuset") {
+    if has_controller(hierarchy, "cpuset") {
         for file in ["cpuset.cpus", "cpuset.mems"] {
-            inherit(&parent.join(file), &path.join(file))?;
+            cpuset::inherit(&parent.join(file), &path.join(file))?;
         }
     }
     Ok(())
 }
 
-fn inherit(from: &Path, to: &Path) -> Result<()> {
-    let own = fs::read_to_string(to).map_err(io(to, "read"))?;
-    if own.trim().is_empty() {
-        let value = fs::read_to_string(from).map_err(io(from, "read"))?;
-        fs::write(to, value.trim()).map_err(io(to, "write"))?;
-    }
-    Ok(())
+fn has_controller(hierarchy: &Hierarchy, controller: &str) -> bool {
+    hierarchy.name.split(',').any(|name| name == controller)
 }
 
 /// Hands out every controller that a cgroup has. One that cannot be handed out (`cpu` with real-time processes about) is

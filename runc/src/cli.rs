@@ -78,6 +78,12 @@ pub enum Command {
         force: bool,
         id: String,
     },
+    /// Stop every process of a container, so that it can go on later
+    Pause { id: String },
+    /// Let a paused container go on
+    Resume { id: String },
+    /// Change the limits of a container
+    Update(UpdateArgs),
     /// List the containers of this root
     List {
         #[arg(short, long, default_value = "table")]
@@ -157,6 +163,62 @@ pub struct KillArgs {
 }
 
 #[derive(Debug, Clone, Args)]
+pub struct UpdateArgs {
+    /// Limits as a JSON document (`linux.resources` of a spec), `-` for standard input; the other flags are ignored then
+    #[arg(short, long, value_name = "FILE")]
+    pub resources: Option<PathBuf>,
+    /// Weight of its block I/O, 10 to 1000
+    #[arg(long, value_name = "N")]
+    pub blkio_weight: Option<u16>,
+    /// Length of a scheduling period, in microseconds
+    #[arg(long, value_name = "US")]
+    pub cpu_period: Option<u64>,
+    /// CPU time in a period, in microseconds; -1 for no limit
+    #[arg(long, value_name = "US", allow_negative_numbers = true)]
+    pub cpu_quota: Option<i64>,
+    /// Unused CPU time that may be saved up, in microseconds
+    #[arg(long, value_name = "US")]
+    pub cpu_burst: Option<u64>,
+    /// Weight of its CPU time
+    #[arg(long, value_name = "N")]
+    pub cpu_share: Option<u64>,
+    /// Length of a real-time period, in microseconds
+    #[arg(long, value_name = "US")]
+    pub cpu_rt_period: Option<u64>,
+    /// Real-time CPU time in a period, in microseconds
+    #[arg(long, value_name = "US", allow_negative_numbers = true)]
+    pub cpu_rt_runtime: Option<i64>,
+    /// 1 for the idle scheduling policy
+    #[arg(long, value_name = "0|1", allow_negative_numbers = true)]
+    pub cpu_idle: Option<i64>,
+    /// CPUs that it may use, `0-2,7`
+    #[arg(long, value_name = "LIST")]
+    pub cpuset_cpus: Option<String>,
+    /// Memory nodes that it may use
+    #[arg(long, value_name = "LIST")]
+    pub cpuset_mems: Option<String>,
+    /// Memory in bytes (suffixes k, m, g); -1 for no limit
+    #[arg(long, value_name = "BYTES", allow_hyphen_values = true)]
+    pub memory: Option<String>,
+    /// Memory that it should be left with when the host is short of it
+    #[arg(long, value_name = "BYTES", allow_hyphen_values = true)]
+    pub memory_reservation: Option<String>,
+    /// Memory and swap together; -1 for no limit
+    #[arg(long, value_name = "BYTES", allow_hyphen_values = true)]
+    pub memory_swap: Option<String>,
+    /// How many processes there may be; -1 for no limit
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub pids_limit: Option<i64>,
+    /// Refused: no container here has a resctrl group
+    #[arg(long, value_name = "SCHEMA")]
+    pub l3_cache_schema: Option<String>,
+    /// Refused: no container here has a resctrl group
+    #[arg(long, value_name = "SCHEMA")]
+    pub mem_bw_schema: Option<String>,
+    pub id: String,
+}
+
+#[derive(Debug, Clone, Args)]
 pub struct ExecArgs {
     /// Socket to send the terminal to
     #[arg(long, value_name = "PATH")]
@@ -191,6 +253,9 @@ pub struct ExecArgs {
     /// Accepted as in runc; orphans are the caller's
     #[arg(long, hide = true)]
     pub no_subreaper: bool,
+    /// Do it in a paused container as well; the program waits until that is resumed
+    #[arg(long)]
+    pub ignore_paused: bool,
     /// Pass on this many descriptors after the standard three
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub preserve_fds: i32,

@@ -6,8 +6,10 @@ mod bundle;
 mod cgroup;
 mod cli;
 mod command;
+mod cpuset;
 mod daemons;
 mod filter;
+mod freezer;
 mod init;
 mod launch;
 mod limits;
@@ -58,6 +60,9 @@ fn run(call: &Call<'_>, command: &Command) -> anyhow::Result<i32> {
         Command::State { id } => command::state::state(call, id).map(|()| 0),
         Command::Kill(args) => command::kill::kill(call, args).map(|()| 0),
         Command::Delete { force, id } => command::delete::delete(call, id, *force).map(|()| 0),
+        Command::Pause { id } => command::pause::pause(call, id).map(|()| 0),
+        Command::Resume { id } => command::pause::resume(call, id).map(|()| 0),
+        Command::Update(args) => command::update::update(call, args).map(|()| 0),
         Command::List { format, quiet } => command::list::list(call, *format, *quiet).map(|()| 0),
         Command::Ps { format, id, options } => command::ps::ps(call, id, *format, options).map(|()| 0),
         Command::Exec(args) => command::exec::exec(call, args),

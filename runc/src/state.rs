@@ -13,6 +13,7 @@ use sysbox_ipc::{ContainerId, ContainerKey, IdMap};
 
 use crate::cgroup::Cgroup;
 use crate::filter::Filter;
+use crate::freezer::Freezer;
 use crate::launch::START_SOCKET;
 
 const STATE: &str = "state.json";
@@ -72,6 +73,7 @@ pub enum Status {
     Creating,
     Created,
     Running,
+    Paused,
     Stopped,
 }
 
@@ -81,6 +83,7 @@ impl Status {
             Status::Creating => "creating",
             Status::Created => "created",
             Status::Running => "running",
+            Status::Paused => "paused",
             Status::Stopped => "stopped",
         }
     }
@@ -198,6 +201,10 @@ impl Home {
             None if sysbox_sys::process::is_alive(state.creator) => Status::Creating,
             None => Status::Stopped,
             Some(init) if !sysbox_sys::process::is_alive(init) => Status::Stopped,
+            // A freezer that cannot be read freezes nobody.
+            Some(_) if Freezer::of(&state.cgroup).is_some_and(|f| f.is_frozen().unwrap_or(false)) => {
+                Status::Paused
+            }
             Some(_) if self.dir.join(START_SOCKET).exists() => Status::Created,
             Some(_) => Status::Running,
         }

@@ -6,6 +6,7 @@ use anyhow::{Result, bail};
 
 use super::Call;
 use crate::daemons::{Fs, Mgr};
+use crate::freezer;
 use crate::launch::{self, HookTime};
 use crate::state::{Home, State, StateError, Status};
 use crate::undo::told;
@@ -50,6 +51,7 @@ fn end(state: &State) -> Result<()> {
     if let Ok(process) = sysbox_sys::process::pidfd_open(ended) {
         sysbox_sys::process::pidfd_send_signal(&process, libc::SIGKILL)?;
     }
+    release(state);
     state.cgroup.kill_all();
     while sysbox_sys::process::is_alive(ended) {
         if Instant::now() > deadline {
@@ -65,6 +67,7 @@ fn end(state: &State) -> Result<()> {
 /// # Errors
 /// What could not be taken away.
 pub fn delete_stopped(call: &Call<'_>, home: &Home, state: &State) -> Result<()> {
+    release(state);
     // Processes may outlive init only where the pid namespace was shared; they go with the container.
     state.cgroup.kill_all();
     let mut failures: Vec<String> =
@@ -79,6 +82,13 @@ pub fn delete_stopped(call: &Call<'_>, home: &Home, state: &State) -> Result<()>
         failures.extend(told(home.remove()));
     }
     finish(failures)
+}
+
+/// A frozen process does not die by version 1, be it frozen from outside or by the container itself.
+fn release(state: &State) {
+    if let Err(error) = freezer::release(&state.cgroup) {
+        tracing::debug!(%error, "not thawed");
+    }
 }
 
 fn finish(failures: Vec<String>) -> Result<()> {

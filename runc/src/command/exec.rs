@@ -24,9 +24,13 @@ use crate::state::Status;
 pub fn exec(call: &Call<'_>, args: &ExecArgs) -> Result<i32> {
     let home = call.home(&args.id)?;
     let state = home.load()?;
-    let (Some(init), Status::Running | Status::Created) = (state.init, home.status(&state)) else {
+    let status = home.status(&state);
+    let (Some(init), Status::Running | Status::Created | Status::Paused) = (state.init, status) else {
         bail!("cannot exec in a stopped container");
     };
+    if status == Status::Paused && !args.ignore_paused {
+        bail!("cannot exec in a paused container (use --ignore-paused to override)");
+    }
     crate::cgroup::begin_grace_period();
     let process = process_of(args, &state.process)?;
     let entry = plan::entry(&process, &state.id_map, &state.facts)?;

@@ -8,6 +8,7 @@ use nix::sys::signal::Signal;
 
 use super::Call;
 use crate::cli::KillArgs;
+use crate::freezer;
 use crate::state::Status;
 
 /// # Errors
@@ -22,15 +23,21 @@ pub fn kill(call: &Call<'_>, args: &KillArgs) -> Result<()> {
         }
         return Ok(());
     }
-    let (Some(init), Status::Created | Status::Running) = (state.init, home.status(&state)) else {
+    let status = home.status(&state);
+    let (Some(init), Status::Created | Status::Running | Status::Paused) = (state.init, status) else {
         bail!("container not running");
     };
     // By descriptor: the pid cannot become another process between the look and the signal.
     let process = sysbox_sys::process::pidfd_open(init)?;
     match sysbox_sys::process::pidfd_send_signal(&process, signal) {
         Err(error) if error.errno == Errno::ESRCH => bail!("container not running"),
-        other => Ok(other?),
+        other => other?,
     }
+    if signal == libc::SIGKILL && status == Status::Paused {
+        // The killed must be able to die.
+        freezer::release(&state.cgroup)?;
+    }
+    Ok(())
 }
 
 fn send_to_pid(pid: i32, signal: i32) -> Result<()> {

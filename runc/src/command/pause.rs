@@ -1,0 +1,33 @@
+//! `pause` and `resume`: every process of a container stopped, and let go on.
+
+use anyhow::{Result, bail};
+
+use super::Call;
+use crate::freezer::{Freezer, FreezerError};
+use crate::state::Status;
+
+/// # Errors
+/// A container that does not run; a process that cannot be stopped: then all go on.
+pub fn pause(call: &Call<'_>, id: &str) -> Result<()> {
+    let home = call.home(id)?;
+    let state = home.load()?;
+    match home.status(&state) {
+        Status::Created | Status::Running => {}
+        other => bail!("container not running or created: {}", other.as_str()),
+    }
+    Freezer::of(&state.cgroup).ok_or(FreezerError::None)?.freeze()?;
+    // A commit follows: what it looks at through the engine's overlay is to be what the container has written.
+    crate::overlay::flush(&state.rootfs);
+    Ok(())
+}
+
+/// # Errors
+/// A container that is not paused.
+pub fn resume(call: &Call<'_>, id: &str) -> Result<()> {
+    let home = call.home(id)?;
+    let state = home.load()?;
+    if home.status(&state) != Status::Paused {
+        bail!("container not paused");
+    }
+    Ok(Freezer::of(&state.cgroup).ok_or(FreezerError::None)?.thaw()?)
+}

@@ -1,0 +1,165 @@
+//! What is done to a container that runs, from outside: pause and resume, new limits.
+
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
+
+use std::fs;
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::Stdio;
+
+use sysbox_tests::runtime::{Machine, Running, cgroups, eventually};
+
+/// A container that writes a line to /count again and again.
+const COUNTING: &str = "while :; do echo x >>/count; done";
+
+fn counted(machine: &Machine, id: &str) -> u64 {
+    fs::metadata(machine.path(id).join("rootfs/count")).map_or(0, |facts| facts.len())
+}
+
+/// Where the limits of `controller` are: in its own hierarchy, or in the only one.
+fn limits(machine: &Machine, id: &str, controller: &str) -> PathBuf {
+    let all = cgroups(&machine.cgroup(id));
+    let own = all.iter().find(|path| path.split(['/', ',']).any(|part| part == controller));
+    PathBuf::from(own.or(all.first()).expect("a container has cgroups"))
+}
+
+fn read(path: PathBuf) -> String {
+    fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display())).trim().to_owned()
+}
+
+fn status(machine: &Machine, id: &str) -> String {
+    machine.state(id)["status"].as_str().unwrap().to_owned()
+}
+
+fn counting<'a>(machine: &'a Machine, id: &str) -> Running<'a> {
+    let bundle = machine.bundle(id, &["/bin/sh", "-c", COUNTING]);
+    let running = machine.run_detached(&bundle, id);
+    eventually("it counts", || counted(machine, id) > 0);
+    running
+}
+
+#[test]
+fn a_paused_container_stands_still_until_it_is_resumed() {
+    let machine = Machine::start();
+    let running = counting(&machine, "c");
+    machine.runc(&["pause", "c"]).ok();
+    let stopped_at = counted(&machine, "c");
+    assert_eq!(status(&machine, "c"), "paused");
+    let refused = machine.runc(&["pause", "c"]).fails();
+    assert!(refused.contains("not running or created: paused"), "{refused}");
+    let refused = running.exec("true").fails();
+    assert!(refused.contains("cannot exec in a paused container (use --ignore-paused"), "{refused}");
+    let refused = machine.runc(&["delete", "c"]).fails();
+    assert!(refused.contains("cannot delete container c that is not stopped: paused"), "{refused}");
+    assert_eq!(counted(&machine, "c"), stopped_at);
+
+    machine.runc(&["resume", "c"]).ok();
+    assert_eq!(status(&machine, "c"), "running");
+    eventually("it counts again", || counted(&machine, "c") > stopped_at);
+    let refused = machine.runc(&["resume", "c"]).fails();
+    assert!(refused.contains("container not paused"), "{refused}");
+}
+
+#[test]
+fn a_paused_container_can_be_killed_and_deleted() {
+    let machine = Machine::start();
+    let _running = counting(&machine, "c");
+    machine.runc(&["pause", "c"]).ok();
+    machine.runc(&["kill", "c", "KILL"]).ok();
+    eventually("it ends", || status(&machine, "c") == "stopped");
+    machine.runc(&["delete", "c"]).ok();
+    let _again = counting(&machine, "d");
+    machine.runc(&["pause", "d"]).ok();
+    machine.runc(&["delete", "--force", "d"]).ok();
+    assert_eq!(machine.remains("c"), Vec::<String>::new());
+    assert_eq!(machine.remains("d"), Vec::<String>::new());
+}
+
+/// A process that is frozen by version 1 does not die, and a container has a freezer of its own there.
+#[test]
+fn a_container_that_froze_itself_can_be_deleted() {
+    let machine = Machine::start();
+    let bundle = machine.bundle("b", &["/bin/sleep", "1000"]);
+    let running = machine.run_detached(&bundle, "c");
+    let script = "d=/sys/fs/cgroup/freezer; f=freezer.state; v=FROZEN; \
+                  [ -d $d ] || { d=/sys/fs/cgroup; f=cgroup.freeze; v=1; }; \
+                  mkdir $d/own; sleep 1000 >/dev/null 2>&1 & p=$!; sleep 0.1; echo $p >$d/own/cgroup.procs && echo $v >$d/own/$f; cat $d/own/$f";
+    let frozen = running.exec(script).ok();
+    assert!(["FROZEN", "FREEZING", "1"].contains(&frozen.trim()), "{frozen}");
+    machine.runc(&["delete", "--force", "c"]).ok();
+    assert_eq!(machine.remains("c"), Vec::<String>::new());
+}
+
+#[test]
+fn limits_are_changed_by_flag_and_by_document() {
+    let machine = Machine::start();
+    let bundle = machine.bundle("b", &["/bin/sleep", "1000"]);
+    let running = machine.run_detached(&bundle, "c");
+    let limit = |controller: &str, v1: &str, v2: &str| {
+        let dir = limits(&machine, "c", controller);
+        let file = dir.join(v1);
+        read(if file.exists() { file } else { dir.join(v2) })
+    };
+    let memory = || limit("memory", "memory.limit_in_bytes", "memory.max");
+    machine.runc(&["update", "--memory", "64m", "--memory-swap", "64m", "--pids-limit", "77", "c"]).ok();
+    assert_eq!(memory(), (64 << 20).to_string());
+    assert_eq!(limit("pids", "pids.max", "pids.max"), "77");
+    let seen = running.exec("cat /proc/meminfo").ok();
+    assert!(seen.lines().any(|line| line.split_whitespace().eq(["MemTotal:", "65536", "kB"])), "{seen}");
+
+    // Up and down again: version 1 wants memory and swap set in an order that depends on where they were.
+    machine.runc(&["update", "--memory", "128m", "--memory-swap", "192m", "c"]).ok();
+    assert_eq!(memory(), (128 << 20).to_string());
+    machine.runc(&["update", "--memory", "48m", "--memory-swap", "48m", "c"]).ok();
+    assert_eq!(memory(), (48 << 20).to_string());
+    assert_eq!(limit("pids", "pids.max", "pids.max"), "77", "what is not given stays");
+
+    let document = r#"{"memory": {"limit": 100663296, "swap": 100663296}, "cpu": {"shares": 512}}"#;
+    let mut child = machine.command();
+    let mut child = child.args(["update", "--resources", "-", "c"]).stdin(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(document.as_bytes()).unwrap();
+    assert!(child.wait().unwrap().success());
+    assert_eq!(memory(), "100663296");
+    assert_eq!(
+        limit("cpu", "cpu.shares", "cpu.weight"),
+        if limits(&machine, "c", "cpu").join("cpu.shares").exists() { "512" } else { "20" }
+    );
+}
+
+#[test]
+fn cpus_are_taken_and_given_back_with_cgroups_below() {
+    let machine = Machine::start();
+    let bundle = machine.bundle("b", &["/bin/sleep", "1000"]);
+    let running = machine.run_detached(&bundle, "c");
+    running.exec("d=/sys/fs/cgroup/cpuset; [ -d $d ] || exit 0; mkdir $d/own && cat $d/cpuset.cpus >$d/own/cpuset.cpus").ok();
+    let all = running.exec("cat /proc/self/status").ok();
+    let allowed = |text: &str| {
+        let line = text.lines().find(|line| line.starts_with("Cpus_allowed_list:")).unwrap();
+        line.split_whitespace().nth(1).unwrap().to_owned()
+    };
+    machine.runc(&["update", "--cpuset-cpus", "0", "c"]).ok();
+    assert_eq!(allowed(&running.exec("cat /proc/self/status").ok()), "0");
+    machine.runc(&["update", "--cpuset-cpus", &allowed(&all), "c"]).ok();
+    assert_eq!(allowed(&running.exec("cat /proc/self/status").ok()), allowed(&all));
+}
+
+#[test]
+fn limits_that_make_no_sense_are_refused_and_change_nothing() {
+    let machine = Machine::start();
+    let bundle = machine.bundle("b", &["/bin/sleep", "1000"]);
+    let _running = machine.run_detached(&bundle, "c");
+    let dir = limits(&machine, "c", "pids");
+    let before = read(dir.join("pids.max"));
+    for (flags, said) in [
+        (&["--memory", "1x", "--pids-limit", "5"][..], "--memory: `1x` is no amount of bytes"),
+        (&["--resources", "/nowhere"], "--resources /nowhere: "),
+        (&["--cpuset-cpus", "4096"], "cpuset.cpus"),
+        (&["--l3-cache-schema", "L3:0=1"], "without a resctrl group"),
+    ] {
+        let error = machine.runc(&[&["update"], flags, &["c"]].concat()).fails();
+        assert!(error.contains(said) && error.trim().lines().count() == 1, "{error}");
+    }
+    assert_eq!(read(dir.join("pids.max")), before);
+    let error = machine.runc(&["update", "--pids-limit", "5", "nobody"]).fails();
+    assert!(error.contains("nobody: does not exist"), "{error}");
+}
