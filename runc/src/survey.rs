@@ -44,6 +44,8 @@ pub struct Survey {
     pub ground: Ground,
     /// Owner of the rootfs's top directory.
     pub root_owner: (u32, u32),
+    /// As [`Source::exposed`], of the rootfs.
+    pub root_exposed: bool,
     /// Bind sources by path; one that is missing is not here.
     pub sources: BTreeMap<PathBuf, Source>,
     /// Data roots at which the image has a link or a file.
@@ -86,6 +88,7 @@ pub fn look(bundle: &Bundle) -> Result<Survey, SurveyError> {
     Ok(Survey {
         ground: ground_of(&bundle.rootfs, &mountinfo)?,
         root_owner: (rootfs.uid(), rootfs.gid()),
+        root_exposed: is_exposed(&bundle.rootfs),
         sources: sources_of(&bundle.spec, &bundle.dir),
         unusable_roots: unusable_roots(&bundle.rootfs),
         present: ASKED.iter().copied().filter(|path| Path::new(path).exists()).collect(),

@@ -17,7 +17,7 @@ use sysbox_ipc::mgr::{Claim, DATA_ROOTS, FileId, Grant};
 use sysbox_ipc::{IdMap, IdMapError, IdMapLine};
 
 use crate::bundle::Bundle;
-use crate::survey::{Survey, is_bind, source_path};
+use crate::survey::{Ground, Survey, is_bind, source_path};
 
 pub use devices::Node;
 pub use mounts::{Attributes, Bind, Extent, Place, Receives, Shift, Target, TargetKind};
@@ -162,12 +162,6 @@ pub fn claims(bundle: &Bundle, survey: &Survey) -> Vec<Claim> {
         .collect()
 }
 
-/// The path of the network namespace that the spec wants joined.
-pub fn netns_path(spec: &Spec) -> Option<&Path> {
-    let namespaces = spec.linux().as_ref()?.namespaces().as_deref()?;
-    namespaces.iter().find(|n| n.typ() == LinuxNamespaceType::Network)?.path().as_deref()
-}
-
 /// Decides everything.
 ///
 /// # Errors
@@ -185,7 +179,7 @@ pub fn plan(
     // A rootfs that belongs to the container's root already is shifted on disk (userns-remap): shifting again is wrong.
     let shifted = survey.root_owner == (map.root_uid(), map.root_gid());
     let root = Root { shift: if shifted { Shift::Never } else { Shift::Must }, read_only };
-    let mut warnings = Vec::new();
+    let mut warnings: Vec<String> = open_rootfs(bundle, survey, root).into_iter().collect();
 
     let mounted = mounts::plan(bundle, survey, map, stage, prepared, root, &mut warnings)?;
     let nodes = devices::plan(&spec, survey, map)?;
@@ -246,6 +240,20 @@ pub fn plan(
     })
 }
 
+/// Files on disk have the ids that the container sees, so what its root makes setuid is setuid root to whoever reaches it.
+/// An engine closes the way to its layers; a directory of the user's is his to close. One that is not shifted belongs to a
+/// user without rights.
+fn open_rootfs(bundle: &Bundle, survey: &Survey, root: Root) -> Option<String> {
+    let roots = survey.ground == Ground::Directory && root.shift == Shift::Must && !root.read_only;
+    (roots && survey.root_exposed).then(|| {
+        format!(
+            "rootfs {}: users of the host can reach it, so root of the container can leave setuid files there for them; \
+             hint: close a directory on the way (chmod 700)",
+            bundle.rootfs.display()
+        )
+    })
+}
+
 fn mappings(lines: &[IdMapLine]) -> Result<Vec<LinuxIdMapping>, PlanError> {
     lines
         .iter()
@@ -269,6 +277,7 @@ fn namespaces(linux: &oci_spec::runtime::Linux, grant: &Grant) -> Vec<LinuxNames
     if let Some(host) = grant.share_with {
         all.retain(|namespace| namespace.typ() != LinuxNamespaceType::User);
         let mut user = new(LinuxNamespaceType::User);
+        // Shows what is meant; it is entered by a descriptor (`create.rs`).
         user.set_path(Some(format!("/proc/{}/ns/user", host.pid).into()));
         all.push(user);
     }

@@ -40,6 +40,7 @@ fn planned(spec: Spec) -> Result<Plan, PlanError> {
     let survey = Survey {
         ground: Ground::Overlay(overlay),
         root_owner: (0, 0),
+        root_exposed: false,
         sources,
         unusable_roots: vec![],
         present: vec!["/dev/fuse", "/sys/kernel/debug"],
