@@ -221,3 +221,37 @@ fn a_volume_over_a_usual_directory_is_not_touched() {
     assert_eq!(machine.run(&bundle, "c").ok(), "below\n");
     assert_eq!(changed(), before);
 }
+
+/// What masks and read-only paths cover is to be reached again when the mount points below them are taken away.
+#[test]
+fn a_failed_create_takes_mount_points_back_from_under_masks() {
+    let machine = Machine::start();
+    let volume = machine.path("vol");
+    fs::create_dir(&volume).unwrap();
+    for (name, key) in [("hidden", "maskedPaths"), ("frozen", "readonlyPaths")] {
+        let bundle = machine.bundle(name, &["/no/such/program"]);
+        fs::create_dir(bundle.rootfs().join("covered")).unwrap();
+        bundle.mount("/covered/made/by/us", &volume, &["rbind", "ro"]);
+        bundle.edit(|config| config["linux"][key] = json!(["/covered"]));
+        let before = bundle.inventory();
+        let said = machine.run(&bundle, name).fails();
+        assert!(!said.contains("cleaning up"), "{said}");
+        assert_eq!(bundle.inventory(), before, "{name}");
+    }
+}
+
+#[test]
+fn a_rootfs_directory_that_host_users_reach_is_warned_of() {
+    let machine = Machine::start();
+    let bundle = machine.bundle("b", &["/bin/true"]);
+    let said = machine.run(&bundle, "closed");
+    assert_eq!((said.code, said.err.as_str()), (0, ""));
+    let open = bundle.dir.parent().unwrap();
+    fs::set_permissions(open, fs::Permissions::from_mode(0o711)).unwrap();
+    let said = machine.run(&bundle, "open");
+    let rootfs = bundle.rootfs().display().to_string();
+    assert!(said.code == 0 && said.err.contains(&rootfs) && said.err.contains("chmod 700"), "{}", said.err);
+    bundle.edit(|config| config["root"]["readonly"] = json!(true));
+    let said = machine.run(&bundle, "readonly");
+    assert_eq!((said.code, said.err.as_str()), (0, ""));
+}
