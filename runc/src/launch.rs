@@ -16,6 +16,8 @@ use libcontainer::syscall::syscall::SyscallType;
 use libcontainer::user_ns::UserNamespaceConfig;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::wait::WaitPidFlag;
+use nix::unistd::Pid;
 use oci_spec::runtime::{LinuxNamespaceBuilder, LinuxNamespaceType, Spec};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -244,7 +246,11 @@ fn end_children() {
                 held.kill()?;
                 held.wait_until(clear)
             });
-            if !ended.is_ok_and(|ended| ended) {
+            if ended.is_ok_and(|ended| ended) {
+                // Else it would be init's to reap, and be seen inside until then.
+                let reaped = nix::sys::wait::waitpid(Pid::from_raw(child.pid), Some(WaitPidFlag::WNOHANG));
+                tracing::debug!(?reaped, "ended");
+            } else {
                 tracing::warn!(pid = child.pid, "it has not ended yet");
             }
         }
