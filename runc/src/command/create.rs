@@ -8,7 +8,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use nix::sched::{CloneFlags, setns};
 use nix::unistd::Pid;
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
-use sysbox_ipc::mgr::{FileId, Grant, Process, Register, Rootfs};
+use sysbox_ipc::mgr::{Claim, FileId, Grant, Process, Register, Rootfs};
 use sysbox_sys::path::proc_path;
 use sysbox_sys::process::Held;
 
@@ -223,8 +223,19 @@ fn register(
         },
         id_map,
         netns: given.network()?,
-        claims: plan::claims(bundle, survey),
+        claims: claims(bundle, survey),
     })
+}
+
+fn claims(bundle: &Bundle, survey: &Survey) -> Vec<Claim> {
+    let claim = |wanted: plan::Wanted| {
+        let lineage = survey::lineage(&wanted.base, &wanted.below)?;
+        let there = lineage.first().is_some_and(|itself| itself.below.as_os_str().is_empty());
+        let data_root = wanted.inside.to_owned();
+        let source = wanted.base.components().chain(wanted.below.components()).collect();
+        (there || !wanted.only_if_there).then_some(Claim { data_root, source, lineage })
+    };
+    plan::wanted(bundle, &survey.ground).into_iter().filter_map(claim).collect()
 }
 
 fn state_of(home: &Home, bundle: &Bundle, grant: &Grant, cgroup: Cgroup) -> Result<State> {

@@ -1,6 +1,7 @@
 //! The plan: what is to be done to make a system container of an OCI spec. Pure: spec, survey, grant and settings in,
 //! a [`Plan`] or a refusal out. Opens nothing, asks the kernel nothing.
 
+mod claims;
 mod devices;
 mod mounts;
 mod process;
@@ -13,12 +14,13 @@ use oci_spec::runtime::{
     LinuxResources, LinuxSeccomp, LinuxTimeOffsetBuilder, PosixRlimit, Spec,
 };
 use sysbox_ipc::fs::Prepared;
-use sysbox_ipc::mgr::{Claim, DATA_ROOTS, FileId, Grant};
+use sysbox_ipc::mgr::Grant;
 use sysbox_ipc::{IdMap, IdMapError, IdMapLine};
 
 use crate::bundle::Bundle;
-use crate::survey::{Ground, Survey, is_bind, source_path};
+use crate::survey::{Ground, Survey};
 
+pub use claims::{Wanted, wanted};
 pub use devices::Node;
 pub use mounts::{Attributes, Bind, Extent, Place, Receives, Shift, Target, TargetKind};
 pub use process::{Entry, entry, for_libcontainer};
@@ -148,20 +150,6 @@ fn merge(mut lines: Vec<IdMapLine>) -> Vec<IdMapLine> {
     merged
 }
 
-/// The user's own mounts on data roots, which one running container may hold at a time.
-pub fn claims(bundle: &Bundle, survey: &Survey) -> Vec<Claim> {
-    let mounts = bundle.spec.mounts().iter().flatten().filter(|mount| is_bind(mount));
-    mounts
-        .filter_map(|mount| {
-            let data_root = DATA_ROOTS.iter().find(|root| Path::new(root) == mount.destination())?;
-            let path = source_path(mount, &bundle.dir);
-            let source = survey.sources.get(&path)?;
-            let source_id = FileId { dev: source.dev, ino: source.ino };
-            Some(Claim { data_root: (*data_root).to_owned(), source: path, source_id })
-        })
-        .collect()
-}
-
 /// Decides everything.
 ///
 /// # Errors
@@ -180,6 +168,13 @@ pub fn plan(
     let shifted = survey.root_owner == (map.root_uid(), map.root_gid());
     let root = Root { shift: if shifted { Shift::Never } else { Shift::Must }, read_only };
     let mut warnings: Vec<String> = open_rootfs(bundle, survey, root).into_iter().collect();
+    if let Some(other) = grant.same_rootfs.as_ref().filter(|_| !read_only) {
+        warnings.push(format!(
+            "rootfs {}: container `{other}` runs on it as well, and neither expects the other's writes; hint: give each a \
+             copy, or make it read-only",
+            bundle.rootfs.display()
+        ));
+    }
 
     let mounted = mounts::plan(bundle, survey, map, stage, prepared, root, &mut warnings)?;
     let nodes = devices::plan(&spec, survey, map)?;

@@ -164,7 +164,7 @@ pub(super) fn plan(
 }
 
 /// `destination` without `.`, `..` and double slashes, as a path inside a root.
-fn normal(mut mount: Mount) -> Mount {
+pub(super) fn normal(mut mount: Mount) -> Mount {
     let mut clean = PathBuf::from("/");
     for part in mount.destination().components() {
         match part {
@@ -209,7 +209,7 @@ fn locked_binds(mounts: &[Mount]) -> Vec<usize> {
 }
 
 /// The flags among a mount's options: for its top, and for the whole tree.
-fn attributes(mount: &Mount) -> (Attributes, Attributes) {
+pub(super) fn attributes(mount: &Mount) -> (Attributes, Attributes) {
     let (mut top, mut tree) = (Attributes::default(), Attributes::default());
     for option in mount.options().iter().flatten() {
         match option.as_str() {

@@ -10,7 +10,7 @@ use sysbox_ipc::IdRange;
 use sysbox_ipc::mgr::HostFacts;
 
 fn source(is_directory: bool) -> Source {
-    Source { is_directory, dev: 1, ino: 2, uid: 0, gid: 0, magic: 0xef53, exposed: false }
+    Source { is_directory, uid: 0, gid: 0, magic: 0xef53, exposed: false }
 }
 
 fn spec(mounts: Value, more: Value) -> Spec {
@@ -49,7 +49,7 @@ fn planned(spec: Spec) -> Result<Plan, PlanError> {
     };
     let facts = HostFacts { time_namespace: true, ..HostFacts::default() };
     let id_map = IdMap::of_range(IdRange { start: 300_000, count: 65536 }).unwrap();
-    let grant = Grant { id_map, slot: 1, share_with: None, facts };
+    let grant = Grant { id_map, slot: 1, share_with: None, same_rootfs: None, facts };
     let prepared = Prepared { directory: "/fs/c".into(), leaves: vec!["proc/meminfo".into()] };
     plan(&bundle, &survey, &grant, &Stage { dir: "/s".into() }, &prepared)
 }
