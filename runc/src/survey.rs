@@ -45,6 +45,8 @@ pub struct Survey {
     pub root_owner: (u32, u32),
     /// As [`Source::exposed`], of the rootfs.
     pub root_exposed: bool,
+    /// The image has a link for its /dev.
+    pub dev_is_link: bool,
     /// Bind sources by path; one that is missing is not here.
     pub sources: BTreeMap<PathBuf, Source>,
     /// Data roots at which the image has a link or a file.
@@ -88,6 +90,7 @@ pub fn look(bundle: &Bundle) -> Result<Survey, SurveyError> {
         ground: ground_of(&bundle.rootfs, &mountinfo)?,
         root_owner: (rootfs.uid(), rootfs.gid()),
         root_exposed: is_exposed(&bundle.rootfs),
+        dev_is_link: bundle.rootfs.join("dev").is_symlink(),
         sources: sources_of(&bundle.spec, &bundle.dir),
         unusable_roots: unusable_roots(&bundle.rootfs),
         present: ASKED.iter().copied().filter(|path| Path::new(path).exists()).collect(),

@@ -61,6 +61,9 @@ pub enum PlanError {
     UnmappedId { kind: &'static str, id: u32, last: u32 },
     #[error("/process/apparmorProfile: `{profile}` cannot be applied: AppArmor is not enabled on this host")]
     NoAppArmor { profile: String },
+    /// libcontainer makes devices and links by path there, before the root is changed: they would be made on the host.
+    #[error("rootfs: /dev is a symbolic link; hint: replace it by a directory")]
+    DevIsLink,
     #[error("/linux/devices: {} is not below /dev", path.display())]
     DevicePath { path: PathBuf },
     #[error("/linux: could not be built: {0}")]
@@ -161,6 +164,9 @@ pub fn plan(
     stage: &Stage,
     prepared: &Prepared,
 ) -> Result<Plan, PlanError> {
+    if survey.dev_is_link {
+        return Err(PlanError::DevIsLink);
+    }
     let mut spec = bundle.spec.clone();
     let read_only = spec.root().as_ref().is_some_and(|root| root.readonly().unwrap_or(false));
     let map = &grant.id_map;

@@ -152,6 +152,11 @@ pub(super) fn plan(
     let asked: Vec<Mount> = bundle.spec.mounts().iter().flatten().cloned().map(normal).collect();
     let mut planner =
         Planner { bundle, survey, map, stage, root, warnings, done: Mounted::default(), staged: 0 };
+    if !asked.iter().any(|mount| mount.destination() == Path::new("/dev")) {
+        // libcontainer makes devices by path there: never in the image's own directory, whose links it would follow.
+        let options = ["nosuid", "strictatime", "mode=755", "size=65536k"];
+        planner.done.mounts.push(mount("/dev", "tmpfs", "tmpfs", &options));
+    }
     let locked = locked_binds(&asked);
     for (at, mount) in asked.iter().enumerate() {
         planner.spec_mount(at, mount, locked.contains(&at))?;
