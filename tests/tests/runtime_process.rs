@@ -214,3 +214,54 @@ fn poststop_hooks_run_once_however_often_a_delete_is_repeated() {
     assert_eq!(fs::read_to_string(&told).unwrap(), "x\n");
     assert!(machine.remains("c").is_empty(), "{:?}", machine.remains("c"));
 }
+
+#[test]
+fn a_mount_that_fails_is_told_with_place_type_and_reason() {
+    let machine = Machine::start();
+    for (name, mount, expected) in [
+        (
+            "type",
+            json!({"destination": "/x", "type": "nosuchfs", "source": "none"}),
+            &["mount nosuchfs on /x", "ENODEV"][..],
+        ),
+        (
+            "option",
+            json!({"destination": "/x", "type": "tmpfs", "source": "tmpfs", "options": ["size=nonsense"]}),
+            &["mount tmpfs on /x", "EINVAL"],
+        ),
+        (
+            "refused",
+            json!({"destination": "/x", "type": "ext4", "source": "/dev/loop0"}),
+            &["mount ext4 on /x", "("],
+        ),
+        (
+            "below",
+            json!({"destination": "/bin/busybox/x", "type": "tmpfs", "source": "tmpfs"}),
+            &["/bin/busybox/x", "Not a directory"],
+        ),
+        (
+            "late",
+            json!({"destination": "/proc/version/x", "type": "tmpfs", "source": "tmpfs"}),
+            &["mount tmpfs on /proc/version/x", "ENOTDIR"],
+        ),
+    ] {
+        let bundle = machine.bundle(name, &["/bin/true"]);
+        bundle.edit(|config| config["mounts"].as_array_mut().unwrap().push(mount.clone()));
+        let log = machine.path("log.json");
+        let call = machine
+            .command()
+            .arg("--log")
+            .arg(&log)
+            .args(["--log-format", "json", "run", "-b"])
+            .arg(&bundle.dir)
+            .arg(name)
+            .output();
+        let text = String::from_utf8_lossy(&call.unwrap().stderr).into_owned();
+        let record = fs::read_to_string(&log).unwrap().lines().last().unwrap().to_owned();
+        for word in expected {
+            assert!(text.contains(word) && record.contains(word), "{name}: {word}: {text}{record}");
+        }
+        assert_eq!(text.trim_end().lines().count(), 1, "{text}");
+        assert!(machine.remains(name).is_empty(), "{name}");
+    }
+}
