@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Parser;
 use tracing::level_filters::LevelFilter;
 
-use crate::log::Format;
+use sysbox_log::Format;
 
 const AFTER: &str = "\
 When something is wrong:

@@ -20,13 +20,13 @@ use sysbox_sys::{process, ready};
 
 use crate::handles::Handles;
 use crate::keeper::{Keeper, KeeperError, Link};
-use crate::log::Target;
 use crate::registry::{Container, Registry};
 use crate::rpc::Server;
 use crate::session::{self, Requests, SessionError};
 use crate::tree::{Probe, Tree};
 use crate::vproc::view::Source;
 use crate::{lock, place};
+use sysbox_log::Target;
 
 const STACK: usize = 256 * 1024;
 /// How long a stop waits for a manager that would keep the connection.

@@ -6,7 +6,6 @@ pub mod daemon;
 pub mod handles;
 pub mod keeper;
 pub mod lock;
-pub mod log;
 pub mod place;
 pub mod registry;
 pub mod rpc;

@@ -6,8 +6,8 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::Parser;
 use sysbox_fs::cli::Cli;
-use sysbox_fs::log::Target;
 use sysbox_fs::{daemon, place};
+use sysbox_log::Target;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();

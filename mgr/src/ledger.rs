@@ -58,6 +58,8 @@ pub enum Fate {
 pub struct Registered {
     pub record: Record,
     pub share_with: Option<Process>,
+    /// A live container on the same rootfs directory.
+    pub same_rootfs: Option<ContainerKey>,
     /// For the log.
     pub warnings: Vec<String>,
 }
@@ -162,7 +164,8 @@ impl Ledger {
             claims: request.claims.clone(),
             phase: Phase::Creating { runtime: request.runtime },
         };
-        Ok(Registered { record, share_with, warnings })
+        let same_rootfs = self.same_rootfs(request, alive);
+        Ok(Registered { record, share_with, same_rootfs, warnings })
     }
 
     /// The record of a container whose init exists, in the network namespace `netns`.
@@ -218,22 +221,33 @@ impl Ledger {
             self.records
                 .values()
                 .filter(|record| record.key != request.key && is_live(record, alive))
-                .find(|record| record.claims.iter().any(|other| other.source_id == claim.source_id))
+                .find(|record| record.claims.iter().any(|other| other.meets(claim)))
         };
         for claim in &request.claims {
             if let Some(holder) = held(claim) {
                 let text = format!(
-                    "mount `{}` on {} of container `{}`: it is in use by running container `{}`",
+                    "directory `{}` on {} of container `{}`: it is in use by running container `{}`",
                     claim.source.display(),
                     claim.data_root,
                     request.key,
                     holder.key
                 );
-                let hint = format!("stop `{}` first, or give each container a volume of its own", holder.key);
+                let hint = format!(
+                    "stop `{}` first, give each container a directory of its own there, or mount it read-only",
+                    holder.key
+                );
                 return Err(Refusal::new(RefusalKind::Busy, text).with_hint(hint));
             }
         }
         Ok(())
+    }
+
+    fn same_rootfs(&self, request: &Register, alive: &dyn Fn(Process) -> bool) -> Option<ContainerKey> {
+        let others = self.records.values().filter(|record| record.key != request.key);
+        let on_it = |record: &&Record| {
+            matches!(record.rootfs, Rootfs::Directory { .. }) && record.rootfs == request.rootfs
+        };
+        others.filter(on_it).find(|record| is_live(record, alive)).map(|record| record.key.clone())
     }
 
     /// The running container whose network namespace is joined.

@@ -7,6 +7,7 @@ use proptest::prelude::*;
 
 use super::*;
 use sysbox_ipc::ContainerId;
+use sysbox_ipc::mgr::Ancestor;
 
 const POOL: IdRange = IdRange { start: 0x7000_0000, count: 4 * DEFAULT_IDS };
 
@@ -177,7 +178,7 @@ fn a_claim_is_for_one_running_container() {
     let claim = Claim {
         data_root: "/var/lib/docker".into(),
         source: "/srv/cache".into(),
-        source_id: FileId { dev: 1, ino: 2 },
+        lineage: vec![Ancestor { id: FileId { dev: 1, ino: 2 }, below: "".into() }],
     };
     let claiming = |id| Register { claims: vec![claim.clone()], ..request(id, 10) };
     let mut ledger = ledger();
@@ -186,10 +187,22 @@ fn a_claim_is_for_one_running_container() {
     assert_eq!(refused.kind, RefusalKind::Busy);
     assert_eq!(
         refused.message,
-        "mount `/srv/cache` on /var/lib/docker of container `b`: it is in use by running container `a`"
+        "directory `/srv/cache` on /var/lib/docker of container `b`: it is in use by running container `a`"
     );
     ledger.register(&claiming("b"), NONE).unwrap();
     ledger.register(&claiming("a"), NONE).unwrap();
+}
+
+#[test]
+fn two_containers_on_one_rootfs_directory_are_told_of_each_other() {
+    let on = |id, path: &str| Register { rootfs: Rootfs::Directory { path: path.into() }, ..request(id, 10) };
+    let mut ledger = ledger();
+    add(&mut ledger, &on("a", "/srv/one"));
+    let same = |id, path, alive| ledger.register(&on(id, path), alive).unwrap().same_rootfs;
+    assert_eq!(same("b", "/srv/one", ALL), Some(key("a")));
+    assert_eq!(same("b", "/srv/two", ALL), None);
+    assert_eq!(same("b", "/srv/one", NONE), None);
+    assert_eq!(same("a", "/srv/one", NONE), None);
 }
 
 #[test]

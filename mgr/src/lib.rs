@@ -10,7 +10,6 @@ pub mod coherence;
 pub mod facts;
 pub mod instance;
 pub mod ledger;
-pub mod log;
 pub mod observe;
 pub mod overlay;
 pub mod server;

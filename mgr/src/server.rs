@@ -229,6 +229,7 @@ impl Server {
             id_map: record.id_map,
             slot,
             share_with: registered.share_with,
+            same_rootfs: registered.same_rootfs,
             facts: self.facts.clone(),
         })
     }

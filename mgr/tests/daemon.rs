@@ -13,7 +13,7 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
-use sysbox_ipc::mgr::{Claim, FileId, Phase, Record, Register, Reply, Request};
+use sysbox_ipc::mgr::{Ancestor, Claim, FileId, Phase, Record, Register, Reply, Request};
 use sysbox_ipc::{Hello, PROTOCOL_VERSION, RefusalKind};
 use sysbox_sys::process::identify;
 use sysbox_sys::socket::Connection;
@@ -214,7 +214,7 @@ fn a_volume_is_for_one_running_container() {
     let claim = Claim {
         data_root: "/var/lib/docker".into(),
         source: "/srv/c".into(),
-        source_id: FileId { dev: 1, ino: 2 },
+        lineage: vec![Ancestor { id: FileId { dev: 1, ino: 2 }, below: "".into() }],
     };
     let claiming =
         |id| Register { claims: vec![claim.clone()], ..bed.request(id, &runtime, bed.overlay(id)) };

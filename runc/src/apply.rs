@@ -71,20 +71,27 @@ pub struct Staged {
     pub rootfs: OwnedFd,
     map: IdMap,
     journal: Journal,
-    /// Clones attached on the rootfs, oldest first: in the way of taking their mount points away.
+    /// What is attached on the rootfs, oldest first: in the way of taking mount points away, its own and those below it.
     attached: Vec<OwnedFd>,
     /// For a person: what could not be done as well as asked.
     pub warnings: Vec<String>,
 }
 
 impl Staged {
+    /// Attaches a clone, or a file system of ours, on the rootfs.
+    fn attach(&mut self, mount: OwnedFd, point: BorrowedFd<'_>) -> sysbox_sys::Result<()> {
+        m::attach(mount.as_fd(), point)?;
+        self.attached.push(mount);
+        Ok(())
+    }
+
     /// Removes the mount points that were made in the rootfs, newest first. Only empty ones go: whatever is in them is
     /// not ours. Returns what failed.
     pub fn undo(self) -> Vec<String> {
         let mut failures = Vec::new();
         for mount in self.attached.iter().rev() {
             let gone = nix::mount::umount2(&proc_path(mount.as_fd()), nix::mount::MntFlags::MNT_DETACH);
-            failures.extend(gone.err().map(|errno| format!("detach a bind: {}", errno.desc())));
+            failures.extend(gone.err().map(|errno| format!("detach a mount: {}", errno.desc())));
         }
         if let Err(error) = m::clear_read_only(self.rootfs.as_fd()) {
             failures.push(error.to_string());
@@ -192,10 +199,9 @@ fn fill(base: &Base<'_>, survey: &Survey, clones: &[OwnedFd], staged: &mut Stage
         match &bind.place {
             Place::Locked(target) => {
                 let point = base.make_target(staged, target)?;
-                m::attach(clone.as_fd(), point.as_fd())
-                    .attempt(|| format!("attach {}", target.path.display()))?;
-                let attached = clone.try_clone().named(|| "dup".to_owned());
-                staged.attached.push(attached.attempt(|| format!("attach {}", target.path.display()))?);
+                let shown = || format!("attach {}", target.path.display());
+                let clone = clone.try_clone().named(|| "dup".to_owned()).attempt(shown)?;
+                staged.attach(clone, point.as_fd()).attempt(shown)?;
             }
             Place::Staged(number) => base.attach_staged(*number, bind.is_directory, clone.as_fd())?,
         }
@@ -467,7 +473,7 @@ impl Base<'_> {
     }
 
     /// Hides a path of the rootfs for good: a directory under an empty read-only tmpfs, a file under /dev/null.
-    fn mask(&self, staged: &Staged, path: &Path) -> Result<()> {
+    fn mask(&self, staged: &mut Staged, path: &Path) -> Result<()> {
         let shown = || format!("mask {}", path.display());
         let target = match open_in_root(staged.rootfs.as_fd(), path, OFlag::O_PATH) {
             Err(error) if matches!(error.errno, Errno::ENOENT | Errno::ENOTDIR) => return Ok(()),
@@ -487,11 +493,11 @@ impl Base<'_> {
             m::add_attributes(clone.as_fd(), attributes, Depth::One).attempt(shown)?;
             clone
         };
-        m::attach(cover.as_fd(), target.as_fd()).attempt(shown)
+        staged.attach(cover, target.as_fd()).attempt(shown)
     }
 
     /// Makes a path of the rootfs read-only for good, by a clone of itself laid over it.
-    fn freeze(&self, staged: &Staged, path: &Path) -> Result<()> {
+    fn freeze(&self, staged: &mut Staged, path: &Path) -> Result<()> {
         let shown = || format!("read-only path {}", path.display());
         let target = match open_in_root(staged.rootfs.as_fd(), path, OFlag::O_PATH) {
             Err(error) if matches!(error.errno, Errno::ENOENT | Errno::ENOTDIR) => return Ok(()),
@@ -500,7 +506,7 @@ impl Base<'_> {
         let clone = m::clone_fd(target.as_fd(), Depth::Tree).attempt(shown)?;
         let attributes = m::Attributes { read_only: true, ..m::Attributes::default() };
         m::add_attributes(clone.as_fd(), attributes, Depth::Tree).attempt(shown)?;
-        m::attach(clone.as_fd(), target.as_fd()).attempt(shown)
+        staged.attach(clone, target.as_fd()).attempt(shown)
     }
 
     /// A /dev with nodes that belong to the container's root, laid over the host's in this namespace: libcontainer binds

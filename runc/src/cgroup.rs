@@ -14,6 +14,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use oci_spec::runtime::LinuxResources;
 use serde::{Deserialize, Serialize};
+use sysbox_sys::process::Held;
 
 use crate::cpuset;
 
@@ -42,6 +43,8 @@ pub enum CgroupError {
     Limits(String),
     #[error("/linux/cgroupsPath: cgroup {} has processes in it ({pids:?}): it belongs to somebody else", path.display())]
     Occupied { path: PathBuf, pids: Vec<i32> },
+    #[error("container init: {0}")]
+    Gone(String),
     #[error("cgroup {}: still busy after {seconds} s", path.display())]
     Busy { path: PathBuf, seconds: u64 },
 }
@@ -260,11 +263,11 @@ impl Cgroup {
     ///
     /// # Errors
     /// Init being gone.
-    pub fn path_for_exec(&self, init: Pid) -> Result<PathBuf> {
+    pub fn path_for_exec(&self, init: &Held) -> Result<PathBuf> {
         if !self.is_unified() {
             return Ok(self.delegated());
         }
-        let paths = paths_of(init)?;
+        let paths = paths_of_held(init)?;
         Ok(paths
             .into_iter()
             .find(|(name, _)| name.is_empty())
@@ -275,8 +278,8 @@ impl Cgroup {
     ///
     /// # Errors
     /// Init being gone, or the kernel refusing a move.
-    pub fn enter_for_exec(&self, init: Pid) -> Result<()> {
-        let theirs = paths_of(init)?;
+    pub fn enter_for_exec(&self, init: &Held) -> Result<()> {
+        let theirs = paths_of_held(init)?;
         for hierarchy in self.hierarchies.iter().filter(|h| h.is_foreign_to_libcontainer()) {
             if let Some((_, path)) = theirs.iter().find(|(name, _)| *name == hierarchy.name) {
                 join(&hierarchy.mount.join(path.strip_prefix("/").unwrap_or(path)), Pid::this())?;
@@ -289,8 +292,8 @@ impl Cgroup {
     ///
     /// # Errors
     /// Init being gone, or the kernel refusing a move.
-    pub fn follow(&self, init: Pid, pid: Pid) -> Result<()> {
-        let (theirs, ours) = (paths_of(init)?, paths_of(pid)?);
+    pub fn follow(&self, init: &Held, pid: Pid) -> Result<()> {
+        let (theirs, ours) = (paths_of_held(init)?, paths_of(pid)?);
         for hierarchy in &self.hierarchies {
             let path_in = |paths: &[(String, PathBuf)]| {
                 paths.iter().find(|(name, _)| *name == hierarchy.name).map(|(_, path)| path.clone())
@@ -423,6 +426,13 @@ fn own_unified_path() -> Result<PathBuf> {
     let paths = paths_of(Pid::this())?;
     let path = paths.into_iter().find(|(name, _)| name.is_empty()).map(|(_, path)| path).unwrap_or_default();
     Ok(path.strip_prefix("/").unwrap_or(&path).to_owned())
+}
+
+/// As [`paths_of`]; never those of a process that has its pid by now, which may be the host's.
+fn paths_of_held(init: &Held) -> Result<Vec<(String, PathBuf)>> {
+    let paths = paths_of(Pid::from_raw(init.pid()));
+    init.still_there().map_err(|error| CgroupError::Gone(error.to_string()))?;
+    paths
 }
 
 /// /proc/PID/cgroup: hierarchy name and path.

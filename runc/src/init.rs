@@ -5,7 +5,7 @@
 //! the start signal, so that nothing of ours runs under the container's filter but the exec itself.
 
 use std::cell::OnceCell;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::CString;
 use std::fs::File;
 use std::io::Read;
@@ -13,7 +13,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsE
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use caps::CapSet;
+use caps::{CapSet, Capability};
 use libcontainer::workload::{Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError};
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags};
@@ -123,18 +123,25 @@ impl Init {
         if entry.no_new_privileges {
             nix::sys::prctl::set_no_new_privs().map_err(said("prctl(PR_SET_NO_NEW_PRIVS)"))?;
         }
-        if let Some(filter) = &self.filter {
-            // Loading one takes CAP_SYS_ADMIN, which the change of user took from the effective set alone.
-            let permitted = caps::read(None, CapSet::Permitted).map_err(capability)?;
-            caps::set(None, CapSet::Effective, &permitted).map_err(capability)?;
-            sysbox_sys::seccomp::load(&filter.program, filter.flags).map_err(|error| error.to_string())?;
-        }
+        // All that is given up is given up before the filter is loaded, which then need not allow it. Root keeps what it
+        // has. For another user loading takes CAP_SYS_ADMIN, unless nothing can be gained any more; that one goes with the
+        // exec, as an exec by a user other than root grants what the program's file does (capabilities(7)) and no more.
+        let needed = if self.filter.is_some() && !entry.no_new_privileges {
+            HashSet::from([Capability::CAP_SYS_ADMIN])
+        } else {
+            HashSet::new()
+        };
+        let permitted = caps::read(None, CapSet::Permitted).map_err(capability)?;
+        let kept =
+            permitted.intersection(&entry.effective.union(&needed).copied().collect()).copied().collect();
         caps::clear(None, CapSet::Inheritable).map_err(capability)?;
         caps::clear(None, CapSet::Ambient).map_err(capability)?;
-        let permitted = caps::read(None, CapSet::Permitted).map_err(capability)?;
-        let kept = permitted.intersection(&entry.effective).copied().collect();
         caps::set(None, CapSet::Effective, &kept).map_err(capability)?;
-        caps::set(None, CapSet::Permitted, &kept).map_err(capability)
+        caps::set(None, CapSet::Permitted, &kept).map_err(capability)?;
+        if let Some(filter) = &self.filter {
+            sysbox_sys::seccomp::load(&filter.program, filter.flags).map_err(|error| error.to_string())?;
+        }
+        Ok(())
     }
 
     fn environment(&self) -> Vec<CString> {

@@ -1,9 +1,10 @@
 //! The door to libcontainer: its process layer makes the namespaces, the mounts inside and the waiting init
 //! (docs/decisions/0004-libcontainer.md). Nothing else in this program knows libcontainer but `init.rs`, which runs in it.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::time::{Duration, Instant};
 
 use libcgroups::common::CgroupConfig;
 use libcontainer::config::YoukiConfig;
@@ -13,10 +14,16 @@ use libcontainer::process::args::{ContainerArgs, ContainerType};
 use libcontainer::process::container_main_process::container_main_process;
 use libcontainer::syscall::syscall::SyscallType;
 use libcontainer::user_ns::UserNamespaceConfig;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::wait::WaitPidFlag;
+use nix::unistd::Pid;
 use oci_spec::runtime::{LinuxNamespaceBuilder, LinuxNamespaceType, Spec};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sysbox_ipc::mgr::Process;
+use sysbox_sys::path::proc_path;
+use sysbox_sys::process::Held;
 
 use crate::init::Init;
 use crate::sink::Sink;
@@ -33,6 +40,11 @@ pub enum LaunchError {
     Inside(String),
     #[error("{attempt}: {why}")]
     Step { attempt: String, why: String },
+    /// Somebody holds the process that is being made, and only those inside can.
+    #[error(
+        "exec: not within {seconds} s: {what}; hint: look for a stopped, frozen or hanging process in the container"
+    )]
+    TooLate { what: String, seconds: u64 },
     /// The cgroup could not be made or entered.
     #[error("{0}")]
     Cgroup(String),
@@ -42,6 +54,11 @@ pub fn step(attempt: &str) -> impl FnOnce(&dyn std::fmt::Display) -> LaunchError
     let attempt = attempt.to_owned();
     move |why| LaunchError::Step { attempt, why: why.to_string() }
 }
+
+/// How long an exec may take to be made. It joins the pid namespace before it is the program that was asked for, and from
+/// then on root of the container can stop it, freeze it, or have it look at a file system that never answers. A create has
+/// no such limit: nobody is inside to do so, and hooks take their time.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// What a start needs besides the spec.
 #[derive(Debug)]
@@ -75,7 +92,7 @@ impl Launch<'_> {
         config.save(self.dir).map_err(|e| step("save the configuration")(&e))?;
         let listener = NotifyListener::new(&socket).map_err(|e| step("start socket")(&e))?;
         let console = self.console_socket.map(|path| console(self.dir, path)).transpose()?;
-        in_child(|| self.run(ContainerType::InitContainer, enter()?, listener, console, users))
+        in_child(None, || self.run(ContainerType::InitContainer, enter()?, listener, console, users))
     }
 
     /// Makes a later process of a running container, releases it, and returns when its program runs.
@@ -88,18 +105,21 @@ impl Launch<'_> {
         before_start: impl FnOnce(Process) -> Result<(), LaunchError>,
     ) -> Result<Process, LaunchError> {
         let socket = self.dir.join(format!("exec-{}.sock", std::process::id()));
-        let made = self.exec_waiting(&socket, enter);
+        let deadline = Instant::now() + PATIENCE;
+        let made = self.exec_waiting(&socket, deadline, enter);
         let started = made.and_then(|(process, said, sink)| {
-            before_start(process)?;
-            NotifySocket::new(&socket).notify_container_start().map_err(|e| step("start")(&e))?;
-            // The pipe ends, empty, when the program's exec closes it.
-            let mut words = String::new();
-            let mut file = std::fs::File::from(said);
-            std::io::Read::read_to_string(&mut file, &mut words).map_err(|e| step("wait for exec")(&e))?;
-            if words.is_empty() {
-                Ok(process)
-            } else {
-                Err(LaunchError::Inside(sink.first_failure().unwrap_or(words)))
+            let released = before_start(process).and_then(|()| {
+                NotifySocket::new(&socket).notify_container_start().map_err(|e| step("start")(&e))?;
+                // The pipe ends, empty, when the program's exec closes it.
+                read_until(said, deadline)
+            });
+            match released {
+                Ok(words) if words.is_empty() => Ok(process),
+                Ok(words) => Err(LaunchError::Inside(sink.first_failure().unwrap_or(words))),
+                Err(error) => {
+                    end_children();
+                    Err(error)
+                }
             }
         });
         let _gone = std::fs::remove_file(&socket);
@@ -109,6 +129,7 @@ impl Launch<'_> {
     fn exec_waiting(
         self,
         socket: &Path,
+        deadline: Instant,
         enter: impl FnOnce() -> Result<PathBuf, LaunchError>,
     ) -> Result<(Process, OwnedFd, Rc<Sink>), LaunchError> {
         let listener = NotifyListener::new(socket).map_err(|e| step("start socket")(&e))?;
@@ -119,7 +140,7 @@ impl Launch<'_> {
         // Its copy in the child is closed by number there; ours goes at the end of this function, so that the reader
         // sees the end.
         let kind = ContainerType::TenantContainer { exec_notify_fd: writer.as_raw_fd() };
-        let process = in_child(|| self.run(kind, enter()?, listener, console, None))?;
+        let process = in_child(Some(deadline), || self.run(kind, enter()?, listener, console, None))?;
         drop(writer);
         Ok((process, reader, sink))
     }
@@ -180,6 +201,7 @@ impl Launch<'_> {
 ///
 /// The answer is read when the child has ended, not at the end of the pipe: the waiting init holds a copy of it.
 fn in_child<T: Serialize + DeserializeOwned>(
+    deadline: Option<Instant>,
     work: impl FnOnce() -> Result<T, LaunchError>,
 ) -> Result<T, LaunchError> {
     let flags = nix::fcntl::OFlag::O_CLOEXEC | nix::fcntl::OFlag::O_NONBLOCK;
@@ -192,6 +214,14 @@ fn in_child<T: Serialize + DeserializeOwned>(
         if told { 0 } else { 1 }
     });
     let child = child.map_err(|e| step("start a child")(&e))?;
+    if let Some(deadline) = deadline {
+        let held = sysbox_sys::process::identify(child.as_raw()).and_then(Held::open);
+        let ended = held.and_then(|child| child.wait_until(deadline));
+        if !ended.map_err(|e| step("wait for the child")(&e))? {
+            end_children();
+            return Err(too_late("make the process"));
+        }
+    }
     // By pid: the container's processes are children of ours, too.
     nix::sys::wait::waitpid(child, None).map_err(|e| step("wait for the child")(&e))?;
     let mut answer = Vec::new();
@@ -199,6 +229,53 @@ fn in_child<T: Serialize + DeserializeOwned>(
     // Ends with EAGAIN; what was read until then is in the buffer.
     let _ends = std::io::Read::read_to_end(&mut file, &mut answer);
     serde_json::from_slice::<Result<T, LaunchError>>(&answer).map_err(|e| step("hear from the child")(&e))?
+}
+
+fn too_late(what: &str) -> LaunchError {
+    LaunchError::TooLate { what: what.to_owned(), seconds: PATIENCE.as_secs() }
+}
+
+/// Ends what was begun: whatever is a child of this process was made for the exec that is given up. One that a frozen
+/// cgroup of version 1 holds ends when that is thawed; it is not waited for longer than that takes to be clear.
+fn end_children() {
+    let clear = Instant::now() + Duration::from_secs(2);
+    // Twice: the first round may have met one that was about to make another.
+    for _ in 0..2 {
+        for child in sysbox_sys::process::children().unwrap_or_default() {
+            let ended = Held::open(child).and_then(|held| {
+                held.kill()?;
+                held.wait_until(clear)
+            });
+            if ended.is_ok_and(|ended| ended) {
+                // Else it would be init's to reap, and be seen inside until then.
+                let reaped = nix::sys::wait::waitpid(Pid::from_raw(child.pid), Some(WaitPidFlag::WNOHANG));
+                tracing::debug!(?reaped, "ended");
+            } else {
+                tracing::warn!(pid = child.pid, "it has not ended yet");
+            }
+        }
+    }
+}
+
+/// Reads to the end of a pipe, or to the deadline.
+fn read_until(pipe: OwnedFd, deadline: Instant) -> Result<String, LaunchError> {
+    let mut words = Vec::new();
+    let mut file = std::fs::File::from(pipe);
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        match poll(&mut [PollFd::new(file.as_fd(), PollFlags::POLLIN)], timeout) {
+            Ok(0) => return Err(too_late("start the program")),
+            Ok(_) => {}
+            Err(Errno::EINTR) => continue,
+            Err(errno) => return Err(step("wait for exec")(&errno.desc())),
+        }
+        let mut chunk = [0; 1024];
+        match std::io::Read::read(&mut file, &mut chunk).map_err(|e| step("wait for exec")(&e))? {
+            0 => return Ok(String::from_utf8_lossy(&words).into_owned()),
+            length => words.extend_from_slice(&chunk[..length]),
+        }
+    }
 }
 
 /// Connects to the engine's console socket.
@@ -251,29 +328,55 @@ pub fn run_hooks(home: &Home, state: &State, time: HookTime) -> Result<(), Launc
         .map_err(|e| step(attempt)(&e))
 }
 
-/// The spec for a later process: the namespaces of init by path, nothing to be made or limited, no hooks.
-pub fn tenant_spec(mut spec: Spec, process: oci_spec::runtime::Process, init: i32) -> Spec {
-    const FILES: &[(LinuxNamespaceType, &str)] = &[
-        (LinuxNamespaceType::User, "user"),
-        (LinuxNamespaceType::Ipc, "ipc"),
-        (LinuxNamespaceType::Uts, "uts"),
-        (LinuxNamespaceType::Network, "net"),
-        (LinuxNamespaceType::Pid, "pid"),
-        (LinuxNamespaceType::Mount, "mnt"),
-        (LinuxNamespaceType::Cgroup, "cgroup"),
-        (LinuxNamespaceType::Time, "time"),
-    ];
+/// Init's namespaces, held by descriptor: whatever becomes of its pid meanwhile, no other process's are entered.
+#[derive(Debug)]
+pub struct Joined(Vec<(LinuxNamespaceType, OwnedFd)>);
+
+impl Joined {
+    /// Opens those of `init` that the container has of its own.
+    ///
+    /// # Errors
+    /// Init being gone.
+    pub fn open(init: &Held, spec: &Spec) -> sysbox_sys::Result<Self> {
+        const FILES: &[(LinuxNamespaceType, &str)] = &[
+            (LinuxNamespaceType::User, "user"),
+            (LinuxNamespaceType::Ipc, "ipc"),
+            (LinuxNamespaceType::Uts, "uts"),
+            (LinuxNamespaceType::Network, "net"),
+            (LinuxNamespaceType::Pid, "pid"),
+            (LinuxNamespaceType::Mount, "mnt"),
+            (LinuxNamespaceType::Cgroup, "cgroup"),
+            (LinuxNamespaceType::Time, "time"),
+        ];
+        let had = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_deref()).unwrap_or_default();
+        let (types, names): (Vec<_>, Vec<_>) = FILES
+            .iter()
+            .copied()
+            .filter(|(typ, _)| had.iter().any(|namespace| namespace.typ() == *typ))
+            .unzip();
+        Ok(Self(types.into_iter().zip(init.namespaces(&names)?).collect()))
+    }
+
+    /// libcontainer takes paths, and opens them in processes that it has cloned from this one. These name the descriptors
+    /// that such a process has a copy of: `/proc/self` is whoever looks, also in another pid namespace, as long as this
+    /// /proc is the host's, and the mount namespace is the last that is entered.
+    fn paths(&self) -> impl Iterator<Item = (LinuxNamespaceType, PathBuf)> + '_ {
+        self.0.iter().map(|(typ, fd)| (*typ, proc_path(fd.as_fd())))
+    }
+}
+
+/// The spec for a later process: the namespaces of init, nothing to be made or limited, no hooks. `joined` must be open
+/// until the process is made.
+pub fn tenant_spec(mut spec: Spec, process: oci_spec::runtime::Process, joined: &Joined) -> Spec {
     if let Some(mut linux) = spec.linux().clone() {
-        let had = linux.namespaces().clone().unwrap_or_default();
-        let joined = FILES.iter().filter(|(typ, _)| had.iter().any(|namespace| namespace.typ() == *typ));
-        let joined = joined.map(|(typ, file)| {
+        let namespace = |(typ, path)| {
             LinuxNamespaceBuilder::default()
-                .typ(*typ)
-                .path(format!("/proc/{init}/ns/{file}"))
+                .typ(typ)
+                .path(path)
                 .build()
                 .expect("type and path are all that a namespace has")
-        });
-        linux.set_namespaces(Some(joined.collect()));
+        };
+        linux.set_namespaces(Some(joined.paths().map(namespace).collect()));
         linux.set_uid_mappings(None).set_gid_mappings(None).set_time_offsets(None).set_sysctl(None);
         linux.set_masked_paths(None).set_readonly_paths(None).set_devices(None);
         spec.set_linux(Some(linux));

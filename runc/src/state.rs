@@ -62,6 +62,9 @@ pub struct State {
     pub creator: Process,
     /// `None` until init exists.
     pub init: Option<Process>,
+    /// The poststop hooks have run: a delete that had to be repeated does not repeat them.
+    #[serde(default)]
+    pub poststop_ran: bool,
     pub facts: HostFacts,
     /// As the engine asked for it; the base of an `exec` by flags.
     pub process: oci_spec::runtime::Process,

@@ -5,6 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::Spec;
+use sysbox_ipc::mgr::{Ancestor, FileId};
 
 use crate::bundle::Bundle;
 
@@ -28,8 +29,6 @@ pub enum Ground {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Source {
     pub is_directory: bool,
-    pub dev: u64,
-    pub ino: u64,
     pub uid: u32,
     pub gid: u32,
     /// f_type of statfs(2).
@@ -44,6 +43,10 @@ pub struct Survey {
     pub ground: Ground,
     /// Owner of the rootfs's top directory.
     pub root_owner: (u32, u32),
+    /// As [`Source::exposed`], of the rootfs.
+    pub root_exposed: bool,
+    /// The image has a link for its /dev.
+    pub dev_is_link: bool,
     /// Bind sources by path; one that is missing is not here.
     pub sources: BTreeMap<PathBuf, Source>,
     /// Data roots at which the image has a link or a file.
@@ -86,6 +89,8 @@ pub fn look(bundle: &Bundle) -> Result<Survey, SurveyError> {
     Ok(Survey {
         ground: ground_of(&bundle.rootfs, &mountinfo)?,
         root_owner: (rootfs.uid(), rootfs.gid()),
+        root_exposed: is_exposed(&bundle.rootfs),
+        dev_is_link: bundle.rootfs.join("dev").is_symlink(),
         sources: sources_of(&bundle.spec, &bundle.dir),
         unusable_roots: unusable_roots(&bundle.rootfs),
         present: ASKED.iter().copied().filter(|path| Path::new(path).exists()).collect(),
@@ -156,8 +161,6 @@ fn sources_of(spec: &Spec, bundle: &Path) -> BTreeMap<PathBuf, Source> {
             let facts = std::fs::metadata(&path).ok()?;
             let source = Source {
                 is_directory: facts.is_dir(),
-                dev: facts.dev(),
-                ino: facts.ino(),
                 uid: facts.uid(),
                 gid: facts.gid(),
                 magic: magic_of(&path),
@@ -166,6 +169,33 @@ fn sources_of(spec: &Spec, bundle: &Path) -> BTreeMap<PathBuf, Source> {
             Some((path, source))
         })
         .collect()
+}
+
+/// What the directory `below` of `base` is: itself, as far as it exists, and all above it. `None` where a link or a file is in
+/// the way: an engine inside ends elsewhere then.
+pub fn lineage(base: &Path, below: &Path) -> Option<Vec<Ancestor>> {
+    let mut there = base.canonicalize().ok().filter(|base| base.is_dir())?;
+    let mut names = below.components();
+    let mut missing = PathBuf::new();
+    for name in names.by_ref() {
+        match std::fs::symlink_metadata(there.join(name)) {
+            Ok(facts) if facts.is_dir() => there.push(name),
+            Ok(_) => return None,
+            Err(_) => {
+                missing.push(name);
+                break;
+            }
+        }
+    }
+    missing.push(names.as_path());
+    let ancestor = |dir: &Path| {
+        let facts = std::fs::metadata(dir).ok()?;
+        let rest = there.strip_prefix(dir).unwrap_or(Path::new(""));
+        // As components: a push of nothing has left a slash at the end.
+        let below = rest.components().chain(missing.components()).collect();
+        Some(Ancestor { id: FileId { dev: facts.dev(), ino: facts.ino() }, below })
+    };
+    Some(there.ancestors().filter_map(ancestor).collect())
 }
 
 /// A directory on the way without the search bit for others closes it (the seed guide's rule 2).
@@ -294,6 +324,33 @@ mod tests {
             ground(&format!("rw,lowerdir=/a\\134:b\\040c:/d\\134\\054e,{rest}")),
             layers(&["/a:b c", "/d,e"])
         );
+    }
+
+    #[test]
+    fn a_directory_is_known_by_itself_and_all_above_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |path: &str| dir.path().join(path);
+        std::fs::create_dir_all(at("vol/docker")).unwrap();
+        std::os::unix::fs::symlink("vol", at("link")).unwrap();
+        std::os::unix::fs::symlink("/", at("vol/out")).unwrap();
+        let id =
+            |path: &Path| std::fs::metadata(path).map(|f| FileId { dev: f.dev(), ino: f.ino() }).unwrap();
+        let known = |base: &str, below: &str| lineage(&at(base), Path::new(below)).unwrap();
+        let has = |found: &[Ancestor], path: &str, below: &str| {
+            let wanted = Ancestor { id: id(&at(path)), below: below.into() };
+            assert!(found.contains(&wanted), "{path}+{below}: {found:?}");
+        };
+        for base in ["vol", "link"] {
+            let found = known(base, "docker");
+            has(&found, "vol/docker", "");
+            has(&found, "vol", "docker");
+            has(&found, "", "vol/docker");
+            let found = known(base, "later/deep");
+            has(&found, "vol", "later/deep");
+            assert!(found.iter().all(|a| !a.below.as_os_str().is_empty()), "{found:?}");
+        }
+        assert_eq!(lineage(&at("vol"), Path::new("out/x")), None);
+        assert_eq!(lineage(&at("gone"), Path::new("")), None);
     }
 
     #[test]

@@ -6,6 +6,21 @@ PROGRAMS="sysbox-runc sysbox-mgr sysbox-fs"
 # Is a program of the build another than the one that the bed runs?
 is_changed() { ! cmp -s "$BIN_DIR/$1" "$BED_HOME/bin/$1"; }
 
+# What root of the host runs, nobody else may change: not the file, and not by putting another in its place. In a sticky
+# directory (/tmp) only an owner can.
+require_closed() {
+    local path mode
+    path=$(realpath "$1")
+    while :; do
+        mode=$(stat -c %a "$path")
+        if (( (8#$mode & 8#22) && ! (8#$mode & 8#1000) )) || [ "$(stat -c %u "$path")" != 0 ]; then
+            die "\`$path\` can be changed by others than root, and \`$1\` would run as root" "chown root \`$path\`; chmod go-w \`$path\`"
+        fi
+        [ "$path" != / ] || return 0
+        path=$(dirname "$path")
+    done
+}
+
 # Copies: a build in the middle of a test must not change what runs. By rename, since a running file is busy.
 install_programs() {
     local program
@@ -15,6 +30,7 @@ install_programs() {
         cp "$BIN_DIR/$program" "$BED_HOME/bin/.$program"
         mv "$BED_HOME/bin/.$program" "$BED_HOME/bin/$program"
     done
+    for program in $PROGRAMS; do require_closed "$BED_HOME/bin/$program"; done
 }
 
 # On the PATH for a person at the shell; `dev` only. A link, so that it is plain whose it is.

@@ -149,7 +149,11 @@ impl Machine {
 
     /// A bundle with a busybox rootfs and the spec that `sysbox-runc spec` writes, without a terminal.
     pub fn bundle(&self, name: &str, args: &[&str]) -> Bundle {
-        let dir = self.path(name);
+        // As an engine keeps its own: nobody but root reaches the rootfs.
+        let closed = self.path("bundles");
+        fs::create_dir_all(&closed).expect("mkdir in our own directory");
+        fs::set_permissions(&closed, fs::Permissions::from_mode(0o700)).expect("chmod of our own directory");
+        let dir = closed.join(name);
         fs::create_dir_all(dir.join("rootfs/bin")).expect("mkdir in our own directory");
         fs::copy(busybox(), dir.join("rootfs/bin/busybox")).expect("copy busybox");
         for applet in [
@@ -186,6 +190,14 @@ impl Machine {
 
     pub fn run(&self, bundle: &Bundle, id: &str) -> Said {
         self.runc(&["run", "--bundle", &bundle.dir.display().to_string(), id])
+    }
+
+    /// sysbox-runc in the background, its errors in a file; it must have ended when [`Later::within`] returns.
+    pub fn later(&self, args: &[&str]) -> Later {
+        let path = self.path(&format!("later-{}", NEXT.fetch_add(1, Ordering::Relaxed)));
+        let err = fs::File::create(&path).expect("create a log");
+        let child = self.command().args(args).stdout(Stdio::null()).stderr(err).spawn();
+        Later { child: child.expect("run sysbox-runc"), err: path }
     }
 
     /// A container that runs in the background, with streams of its own.
@@ -298,6 +310,34 @@ impl Drop for Machine {
             }
             assert!(std::thread::panicking(), "sysbox-fs left its mount at {point}");
         }
+    }
+}
+
+/// A call of sysbox-runc that is not waited for yet.
+#[derive(Debug)]
+pub struct Later {
+    child: Child,
+    err: PathBuf,
+}
+
+impl Later {
+    pub fn is_running(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// What it said, if it ends in time; else it is killed, and `None`.
+    pub fn within(mut self, limit: Duration) -> Option<Said> {
+        let deadline = Instant::now() + limit;
+        while self.is_running() {
+            if Instant::now() > deadline {
+                kill(Some(self.child));
+                return None;
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        let code = self.child.wait().expect("wait for our own child").code().unwrap_or(-1);
+        let err = fs::read_to_string(&self.err).unwrap_or_default();
+        Some(Said { code, out: String::new(), err })
     }
 }
 

@@ -8,6 +8,9 @@ use std::process::Command;
 use serde_json::json;
 use sysbox_tests::runtime::{Bundle, Machine};
 
+/// Far above what any machine needs.
+const LONG: std::time::Duration = std::time::Duration::from_secs(60);
+
 fn sleeper(machine: &Machine, name: &str) -> Bundle {
     machine.bundle(name, &["/bin/sleep", "1000"])
 }
@@ -152,4 +155,113 @@ fn a_passwd_that_is_a_pipe_holds_no_exec() {
     let running = machine.run_detached(&bundle, "c");
     running.exec("mkdir -p /etc && /bin/busybox mkfifo /etc/passwd").ok();
     assert_eq!(running.exec("echo $HOME").ok(), "/\n");
+}
+
+/// Nothing of ours runs under the container's filter but its exec; what it takes to get there may be denied.
+#[test]
+fn a_filter_may_deny_what_the_runtime_itself_has_called() {
+    let machine = Machine::start();
+    let filtered = |name: &str| {
+        let bundle = machine.bundle(name, &["/bin/cat", "/proc/self/status"]);
+        bundle.edit(|config| {
+            let calls =
+                ["capset", "capget", "prctl", "seccomp", "setgroups", "keyctl", "chdir", "getcwd", "umask"];
+            let rule = json!({"names": calls, "action": "SCMP_ACT_ERRNO", "errnoRet": 95});
+            config["linux"]["seccomp"] = json!({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [rule]});
+        });
+        bundle
+    };
+    let caps = |status: &str, set: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(set).map(str::trim).map(str::to_owned));
+        u64::from_str_radix(&line.unwrap(), 16).unwrap()
+    };
+    for (name, uid, gain) in [("root", 0, true), ("user", 1000, false), ("stuck", 1000, true)] {
+        let bundle = filtered(name);
+        bundle.edit(|config| {
+            config["process"]["user"] = json!({"uid": uid, "gid": uid});
+            config["process"]["noNewPrivileges"] = json!(!gain);
+        });
+        let status = machine.run(&bundle, name).ok();
+        assert_eq!(caps(&status, "CapEff:") != 0, uid == 0, "{status}");
+        assert_eq!(caps(&status, "CapPrm:") != 0, uid == 0, "{status}");
+        assert_eq!((caps(&status, "CapInh:"), caps(&status, "CapAmb:")), (0, 0), "{status}");
+        assert!(status.contains("Seccomp:\t2"), "{status}");
+    }
+    let bundle = filtered("exec");
+    bundle.edit(|config| config["process"]["args"] = json!(["/bin/sleep", "1000"]));
+    let running = machine.run_detached(&bundle, "exec");
+    let said = machine.runc(&["exec", "--user", "7:7", "exec", "/bin/cat", "/proc/self/status"]).ok();
+    assert_eq!((caps(&said, "CapEff:"), caps(&said, "CapPrm:")), (0, 0), "{said}");
+    drop(running);
+}
+
+#[test]
+fn poststop_hooks_run_once_however_often_a_delete_is_repeated() {
+    let mut machine = Machine::start();
+    let bundle = sleeper(&machine, "b");
+    let told = machine.path("told");
+    bundle.edit(|config| {
+        let args = json!(["sh", "-c", format!("cat > /dev/null; echo x >> {}", told.display())]);
+        config["hooks"] = json!({"poststop": [{"path": "/bin/sh", "args": args}]});
+    });
+    let dir = bundle.dir.display().to_string();
+    machine.later(&["run", "--detach", "--bundle", &dir, "c"]).within(LONG).unwrap().ok();
+    machine.kill_mgr();
+    assert!(machine.runc(&["delete", "--force", "c"]).fails().contains("sysbox-mgr is not running"));
+    assert!(machine.runc(&["delete", "--force", "c"]).fails().contains("sysbox-mgr is not running"));
+    machine.start_mgr();
+    machine.runc(&["delete", "--force", "c"]).ok();
+    assert_eq!(fs::read_to_string(&told).unwrap(), "x\n");
+    assert!(machine.remains("c").is_empty(), "{:?}", machine.remains("c"));
+}
+
+#[test]
+fn a_mount_that_fails_is_told_with_place_type_and_reason() {
+    let machine = Machine::start();
+    for (name, mount, expected) in [
+        (
+            "type",
+            json!({"destination": "/x", "type": "nosuchfs", "source": "none"}),
+            &["mount nosuchfs on /x", "ENODEV"][..],
+        ),
+        (
+            "option",
+            json!({"destination": "/x", "type": "tmpfs", "source": "tmpfs", "options": ["size=nonsense"]}),
+            &["mount tmpfs on /x", "EINVAL"],
+        ),
+        (
+            "refused",
+            json!({"destination": "/x", "type": "ext4", "source": "/dev/loop0"}),
+            &["mount ext4 on /x", "("],
+        ),
+        (
+            "below",
+            json!({"destination": "/bin/busybox/x", "type": "tmpfs", "source": "tmpfs"}),
+            &["/bin/busybox/x", "Not a directory"],
+        ),
+        (
+            "late",
+            json!({"destination": "/proc/version/x", "type": "tmpfs", "source": "tmpfs"}),
+            &["mount tmpfs on /proc/version/x", "ENOTDIR"],
+        ),
+    ] {
+        let bundle = machine.bundle(name, &["/bin/true"]);
+        bundle.edit(|config| config["mounts"].as_array_mut().unwrap().push(mount.clone()));
+        let log = machine.path("log.json");
+        let call = machine
+            .command()
+            .arg("--log")
+            .arg(&log)
+            .args(["--log-format", "json", "run", "-b"])
+            .arg(&bundle.dir)
+            .arg(name)
+            .output();
+        let text = String::from_utf8_lossy(&call.unwrap().stderr).into_owned();
+        let record = fs::read_to_string(&log).unwrap().lines().last().unwrap().to_owned();
+        for word in expected {
+            assert!(text.contains(word) && record.contains(word), "{name}: {word}: {text}{record}");
+        }
+        assert_eq!(text.trim_end().lines().count(), 1, "{text}");
+        assert!(machine.remains(name).is_empty(), "{name}");
+    }
 }

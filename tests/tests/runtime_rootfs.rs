@@ -221,3 +221,93 @@ fn a_volume_over_a_usual_directory_is_not_touched() {
     assert_eq!(machine.run(&bundle, "c").ok(), "below\n");
     assert_eq!(changed(), before);
 }
+
+/// What masks and read-only paths cover is to be reached again when the mount points below them are taken away.
+#[test]
+fn a_failed_create_takes_mount_points_back_from_under_masks() {
+    let machine = Machine::start();
+    let volume = machine.path("vol");
+    fs::create_dir(&volume).unwrap();
+    for (name, key) in [("hidden", "maskedPaths"), ("frozen", "readonlyPaths")] {
+        let bundle = machine.bundle(name, &["/no/such/program"]);
+        fs::create_dir(bundle.rootfs().join("covered")).unwrap();
+        bundle.mount("/covered/made/by/us", &volume, &["rbind", "ro"]);
+        bundle.edit(|config| config["linux"][key] = json!(["/covered"]));
+        let before = bundle.inventory();
+        let said = machine.run(&bundle, name).fails();
+        assert!(!said.contains("cleaning up"), "{said}");
+        assert_eq!(bundle.inventory(), before, "{name}");
+    }
+}
+
+#[test]
+fn a_rootfs_directory_that_host_users_reach_is_warned_of() {
+    let machine = Machine::start();
+    let bundle = machine.bundle("b", &["/bin/true"]);
+    let said = machine.run(&bundle, "closed");
+    assert_eq!((said.code, said.err.as_str()), (0, ""));
+    let open = bundle.dir.parent().unwrap();
+    fs::set_permissions(open, fs::Permissions::from_mode(0o711)).unwrap();
+    let said = machine.run(&bundle, "open");
+    let rootfs = bundle.rootfs().display().to_string();
+    assert!(said.code == 0 && said.err.contains(&rootfs) && said.err.contains("chmod 700"), "{}", said.err);
+    bundle.edit(|config| config["root"]["readonly"] = json!(true));
+    let said = machine.run(&bundle, "readonly");
+    assert_eq!((said.code, said.err.as_str()), (0, ""));
+}
+
+#[test]
+fn volumes_above_and_inside_a_data_root_are_for_one_running_container() {
+    let machine = Machine::start();
+    let volume = machine.path("vol");
+    fs::create_dir_all(volume.join("docker/overlay2")).unwrap();
+    fs::create_dir_all(volume.join("images")).unwrap();
+    let bundle = |name: &str, mounts: &[(&str, &str, &[&str])]| {
+        let bundle = machine.bundle(name, &["/bin/sleep", "1000"]);
+        for (inside, below, options) in mounts {
+            bundle.mount(inside, &volume.join(below), options);
+        }
+        bundle
+    };
+    let (write, read): (&[&str], &[&str]) = (&["rbind"], &["rbind", "ro"]);
+    let first = bundle("first", &[("/var/lib", "", write)]);
+    let running = machine.run_detached(&first, "first");
+    for (name, mounts) in [
+        ("above", ("/var/lib", "", write)),
+        ("on", ("/var/lib/docker", "docker", write)),
+        ("inside", ("/var/lib/docker/overlay2", "docker/overlay2", write)),
+        // Not there yet when the first was made.
+        ("later", ("/var/lib/containerd", "containerd", write)),
+    ] {
+        fs::create_dir_all(volume.join("containerd")).unwrap();
+        let text = machine.run(&bundle(name, &[mounts]), name).fails();
+        assert!(text.contains("`first`") || text.contains("/first`"), "{name}: {text}");
+        assert!(text.contains(name) && text.contains("hint:"), "{name}: {text}");
+        assert!(machine.remains(name).is_empty(), "{name}");
+    }
+    for (name, mounts) in [
+        ("reader", ("/var/lib", "", read)),
+        ("images", ("/var/lib/rancher/k3s/agent/images", "images", write)),
+        ("elsewhere", ("/srv", "", write)),
+    ] {
+        machine.run_detached(&bundle(name, &[mounts]), name).delete();
+    }
+    drop(running);
+}
+
+#[test]
+fn two_containers_on_one_rootfs_are_told_and_refused_over_a_data_root() {
+    let machine = Machine::start();
+    let bundle = machine.bundle("b", &["/bin/sleep", "1000"]);
+    let first = machine.run_detached(&bundle, "first");
+    bundle.edit(|config| config["process"]["args"] = json!(["/bin/true"]));
+    let said = machine.run(&bundle, "second");
+    assert!(said.code == 0 && said.err.contains("first") && said.err.contains("hint:"), "{said:?}");
+    first.delete();
+    fs::create_dir_all(bundle.rootfs().join("var/lib/docker")).unwrap();
+    bundle.edit(|config| config["process"]["args"] = json!(["/bin/sleep", "1000"]));
+    let first = machine.run_detached(&bundle, "first");
+    let text = machine.run(&bundle, "second").fails();
+    assert!(text.contains("first") && text.contains("second") && text.contains("/var/lib/docker"), "{text}");
+    drop(first);
+}

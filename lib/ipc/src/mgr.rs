@@ -23,6 +23,35 @@ pub const DATA_ROOTS: &[&str] = &[
     "/var/lib/containers",
 ];
 
+/// Directories below a data root that its engine takes for its own, so that a volume on one of them alone is claimed as well.
+/// What is not here (volumes' `_data`, k3s' `agent/images`, certificates) may be shared: people do.
+pub const STORES: &[&str] = &[
+    "/var/lib/docker/buildkit",
+    "/var/lib/docker/containerd",
+    "/var/lib/docker/containers",
+    "/var/lib/docker/image",
+    "/var/lib/docker/network",
+    "/var/lib/docker/overlay2",
+    "/var/lib/docker/btrfs",
+    "/var/lib/docker/fuse-overlayfs",
+    "/var/lib/docker/vfs",
+    "/var/lib/docker/swarm",
+    "/var/lib/docker/volumes",
+    "/var/lib/containerd/io.containerd.content.v1.content",
+    "/var/lib/containerd/io.containerd.metadata.v1.bolt",
+    "/var/lib/containerd/io.containerd.snapshotter.v1.native",
+    "/var/lib/containerd/io.containerd.snapshotter.v1.overlayfs",
+    "/var/lib/kubelet/pods",
+    "/var/lib/k0s/containerd",
+    "/var/lib/k0s/db",
+    "/var/lib/k0s/etcd",
+    "/var/lib/rancher/k3s/agent/containerd",
+    "/var/lib/rancher/k3s/server/db",
+    "/var/lib/rancher/rke2/agent/containerd",
+    "/var/lib/rancher/rke2/server/db",
+    "/var/lib/containers/storage",
+];
+
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "op", rename_all = "snake_case")]
 pub enum Request {
@@ -106,7 +135,7 @@ pub struct Register {
     pub id_map: Option<IdMap>,
     /// The network namespace the container joins. Containers that share one share their user namespace.
     pub netns: Option<FileId>,
-    /// The user's own mounts on data roots.
+    /// The user's own directories on data roots.
     pub claims: Vec<Claim>,
 }
 
@@ -124,14 +153,34 @@ pub enum Rootfs {
     Directory { path: PathBuf },
 }
 
-/// The user's own mount on a data root of an inner engine; one running container at a time.
+/// A directory of the user's that an inner engine would keep its data in; for one running container at a time.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Claim {
-    /// The path inside the container, one of [`DATA_ROOTS`].
+    /// The path inside the container, one of [`DATA_ROOTS`] or [`STORES`].
     pub data_root: String,
-    /// The user's directory on the host.
+    /// The directory on the host. It need not exist yet: an engine makes it.
     pub source: PathBuf,
-    pub source_id: FileId,
+    /// What it is, whatever name it goes by: itself, if it exists, and the directories above it.
+    #[serde(default)]
+    pub lineage: Vec<Ancestor>,
+}
+
+/// A directory, and the way down from it to the one that is meant.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ancestor {
+    pub id: FileId,
+    /// Relative; empty for the directory itself.
+    pub below: PathBuf,
+}
+
+impl Claim {
+    /// Whether both are one directory, or one lies in the other.
+    pub fn meets(&self, other: &Self) -> bool {
+        let met = |(one, two): (&Ancestor, &Ancestor)| {
+            one.id == two.id && (one.below.starts_with(&two.below) || two.below.starts_with(&one.below))
+        };
+        self.lineage.iter().any(|one| other.lineage.iter().any(|two| met((one, two))))
+    }
 }
 
 /// What the container gets.
@@ -142,6 +191,9 @@ pub struct Grant {
     pub slot: u32,
     /// The running container whose user namespace is to be joined, as both share a network namespace.
     pub share_with: Option<Process>,
+    /// A live container on the same rootfs directory.
+    #[serde(default)]
+    pub same_rootfs: Option<ContainerKey>,
     pub facts: HostFacts,
 }
 
@@ -194,4 +246,37 @@ pub struct HostFacts {
     pub seccomp_wait_killable: bool,
     /// An AppArmor that confines (securityfs shows it enabled).
     pub apparmor: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn claims_meet_by_what_a_directory_is() {
+        let claim = |lineage: &[(u64, &str)]| Claim {
+            data_root: "/var/lib/docker".to_owned(),
+            source: "/s".into(),
+            lineage: lineage
+                .iter()
+                .map(|(ino, below)| Ancestor { id: FileId { dev: 1, ino: *ino }, below: below.into() })
+                .collect(),
+        };
+        let volume = claim(&[(7, ""), (3, "vol"), (2, "srv/vol")]);
+        for (other, meets) in [
+            (claim(&[(7, ""), (9, "bound")]), true),
+            (claim(&[(8, ""), (3, "other"), (2, "srv/other")]), false),
+            // Inside, whether it is there yet or not.
+            (claim(&[(7, "overlay2"), (3, "vol/overlay2")]), true),
+            (claim(&[(5, ""), (7, "overlay2")]), true),
+            // Around it.
+            (claim(&[(2, "srv")]), true),
+            // A name that begins alike.
+            (claim(&[(3, "volume")]), false),
+            (claim(&[]), false),
+        ] {
+            assert_eq!(volume.meets(&other), meets, "{other:?}");
+            assert_eq!(other.meets(&volume), meets, "{other:?}");
+        }
+    }
 }

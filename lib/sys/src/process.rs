@@ -1,8 +1,10 @@
 //! Processes that cannot be mistaken for later ones: pid with start time, and pidfds.
 
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use sysbox_ipc::mgr::Process;
 
 use crate::error::{Named, Result, SysError};
@@ -83,6 +85,91 @@ pub fn pidfd_send_signal(pidfd: &OwnedFd, signal: i32) -> Result<()> {
     Errno::result(done).map(drop).named(|| format!("pidfd_send_signal({signal})"))
 }
 
+/// A process held by its pidfd, of which /proc tells by name: what was read of it is its own as long as it had not been
+/// reaped *after* the reading, since until then nobody else can have had its pid.
+#[derive(Debug)]
+pub struct Held {
+    process: Process,
+    pidfd: OwnedFd,
+}
+
+impl Held {
+    /// # Errors
+    /// `ESRCH` if the process is gone.
+    pub fn open(process: Process) -> Result<Self> {
+        Ok(Self { process, pidfd: pidfd_open(process)? })
+    }
+
+    pub fn pid(&self) -> i32 {
+        self.process.pid
+    }
+
+    /// Waits for its end, or for the deadline: whether it has ended (a zombie has).
+    ///
+    /// # Errors
+    /// As poll(2).
+    pub fn wait_until(&self, deadline: Instant) -> Result<bool> {
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+            let mut wanted = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
+            match poll(&mut wanted, timeout) {
+                Err(Errno::EINTR) => {}
+                Ok(0) if left > Duration::ZERO => {}
+                other => return other.map(|ready| ready > 0).named(|| format!("poll({})", self.process.pid)),
+            }
+        }
+    }
+
+    /// # Errors
+    /// As pidfd_send_signal(2).
+    pub fn kill(&self) -> Result<()> {
+        pidfd_send_signal(&self.pidfd, libc::SIGKILL)
+    }
+
+    /// To be asked after each look at /proc/PID, and before the answer is used.
+    ///
+    /// # Errors
+    /// `ESRCH` if the process was reaped, so that its pid may be another's.
+    pub fn still_there(&self) -> Result<()> {
+        pidfd_send_signal(&self.pidfd, 0).map_err(|error| {
+            SysError::new(error.errno, format!("look at process {}, which has ended", self.process.pid))
+        })
+    }
+
+    /// Opens namespaces of it (the names of /proc/PID/ns).
+    ///
+    /// # Errors
+    /// As open(2); `ESRCH` if the process is gone.
+    pub fn namespaces(&self, names: &[&str]) -> Result<Vec<OwnedFd>> {
+        let open = |name: &&str| {
+            let path = format!("/proc/{}/ns/{name}", self.process.pid);
+            std::fs::File::open(&path).map(OwnedFd::from).named(|| format!("open({path})"))
+        };
+        let opened = names.iter().map(open).collect();
+        // First: an error of the opening may well be because it is gone.
+        self.still_there()?;
+        opened
+    }
+}
+
+/// The children of this process that have not been reaped, found among all processes: whoever has them from a library
+/// knows no pids.
+///
+/// # Errors
+/// /proc not being readable.
+pub fn children() -> Result<Vec<Process>> {
+    let me = nix::unistd::getpid().as_raw();
+    let entries = std::fs::read_dir("/proc").named(|| "read(/proc)".to_owned())?;
+    let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    let is_ours = |pid: &i32| {
+        let line = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let parent = line.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(1)?.parse().ok());
+        parent == Some(me)
+    };
+    Ok(pids.filter(is_ours).filter_map(|pid| identify(pid).ok()).collect())
+}
+
 /// Runs `work` in a forked child that dies with this process, and ends the child with its result as exit code.
 ///
 /// # Errors
@@ -118,6 +205,35 @@ mod tests {
         let impostor = Process { start_ticks: me.start_ticks + 1, ..me };
         assert!(!is_alive(impostor));
         assert_eq!(pidfd_open(impostor).unwrap_err().errno, Errno::ESRCH);
+    }
+
+    #[test]
+    fn children_are_found_and_waited_for_with_a_deadline() {
+        let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        let found = children().unwrap().into_iter().find(|process| process.pid == pid).unwrap();
+        assert_eq!(found, identify(pid).unwrap());
+        let held = Held::open(found).unwrap();
+        assert!(!held.wait_until(Instant::now() + Duration::from_millis(5)).unwrap());
+        held.kill().unwrap();
+        assert!(held.wait_until(Instant::now() + Duration::from_secs(30)).unwrap());
+        child.wait().unwrap();
+        assert!(!children().unwrap().contains(&found));
+    }
+
+    #[test]
+    fn what_is_held_is_told_from_what_has_its_pid_now() {
+        let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let process = identify(i32::try_from(child.id()).unwrap()).unwrap();
+        assert!(Held::open(Process { start_ticks: process.start_ticks + 1, ..process }).is_err());
+        let held = Held::open(process).unwrap();
+        assert_eq!(held.namespaces(&["net", "pid"]).unwrap().len(), 2);
+        child.kill().unwrap();
+        // A zombie keeps its pid: nobody else can have it.
+        held.still_there().unwrap();
+        child.wait().unwrap();
+        assert_eq!(held.still_there().unwrap_err().errno, Errno::ESRCH);
+        assert_eq!(held.namespaces(&["net"]).unwrap_err().errno, Errno::ESRCH);
     }
 
     #[test]

@@ -1,15 +1,16 @@
 //! `create`: from a bundle to a container whose init waits for `start`. The main path of ARCHITECTURE.md, step by step;
 //! what is done is noted in an [`Undo`] and taken back if a later step fails.
 
-use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::sched::{CloneFlags, setns};
 use nix::unistd::Pid;
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
-use sysbox_ipc::mgr::{FileId, Grant, Process, Register, Rootfs};
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
+use sysbox_ipc::mgr::{Claim, FileId, Grant, Process, Register, Rootfs};
+use sysbox_sys::path::proc_path;
+use sysbox_sys::process::Held;
 
 use super::{Call, write_pid_file};
 use crate::apply::{self, Staged};
@@ -53,7 +54,8 @@ fn attempt<'a>(call: &Call<'_>, args: &CreateArgs, home: &'a Home, undo: &mut Un
     let bundle = bundle::read(&args.bundle)?;
     let survey = survey::look(&bundle)?;
     let own_map = plan::own_map(&bundle.spec)?;
-    let register = register(home, &bundle, &survey, own_map)?;
+    let given = Given::open(&bundle.spec)?;
+    let register = register(home, &bundle, &survey, own_map, &given)?;
     begin_grace_period();
     let mgr = Rc::new(Mgr::connect(&call.global.run_dir)?);
     let fs = Rc::new(Fs::connect(&call.global.run_dir)?);
@@ -83,7 +85,7 @@ fn attempt<'a>(call: &Call<'_>, args: &CreateArgs, home: &'a Home, undo: &mut Un
     home.save(&state)?;
 
     apply::enter_private_namespace()?;
-    let spec = join_given_namespaces(plan.spec.clone(), &grant)?;
+    let (spec, _partner) = given.join(plan.spec.clone(), &grant)?;
     let staged = apply::apply(&plan, &survey, &stage, &bundle.rootfs, &grant.id_map, &grant.facts)?;
     for warning in &staged.warnings {
         call.log.warn(warning);
@@ -207,26 +209,8 @@ fn register(
     bundle: &Bundle,
     survey: &Survey,
     id_map: Option<sysbox_ipc::IdMap>,
+    given: &Given,
 ) -> Result<Register> {
-    let look = |path: &Path| {
-        let facts = std::fs::metadata(path).with_context(|| format!("namespace {}", path.display()))?;
-        anyhow::Ok(FileId { dev: facts.dev(), ino: facts.ino() })
-    };
-    for namespace in bundle.spec.linux().iter().filter_map(|linux| linux.namespaces().as_ref()).flatten() {
-        let Some(path) = namespace.path() else { continue };
-        let typ = namespace.typ().to_string();
-        if matches!(typ.as_str(), "user" | "mnt" | "time") {
-            bail!(
-                "/linux/namespaces: a {typ} namespace is always the container's own; it cannot be given by path"
-            );
-        }
-        if look(path)? == look(Path::new(&format!("/proc/self/ns/{typ}")))? {
-            if namespace.typ() == LinuxNamespaceType::Network {
-                bail!("/linux/namespaces: {}", bundle::HOST_NETWORK);
-            }
-            bail!("/linux/namespaces: sysbox containers can't share namespaces {{{typ}}} with the host");
-        }
-    }
     Ok(Register {
         key: home.key.clone(),
         bundle: bundle.dir.clone(),
@@ -238,9 +222,20 @@ fn register(
             Ground::Directory => Rootfs::Directory { path: bundle.rootfs.clone() },
         },
         id_map,
-        netns: plan::netns_path(&bundle.spec).map(look).transpose()?,
-        claims: plan::claims(bundle, survey),
+        netns: given.network()?,
+        claims: claims(bundle, survey),
     })
+}
+
+fn claims(bundle: &Bundle, survey: &Survey) -> Vec<Claim> {
+    let claim = |wanted: plan::Wanted| {
+        let lineage = survey::lineage(&wanted.base, &wanted.below)?;
+        let there = lineage.first().is_some_and(|itself| itself.below.as_os_str().is_empty());
+        let data_root = wanted.inside.to_owned();
+        let source = wanted.base.components().chain(wanted.below.components()).collect();
+        (there || !wanted.only_if_there).then_some(Claim { data_root, source, lineage })
+    };
+    plan::wanted(bundle, &survey.ground).into_iter().filter_map(claim).collect()
 }
 
 fn state_of(home: &Home, bundle: &Bundle, grant: &Grant, cgroup: Cgroup) -> Result<State> {
@@ -258,39 +253,89 @@ fn state_of(home: &Home, bundle: &Bundle, grant: &Grant, cgroup: Cgroup) -> Resu
         cgroup,
         creator: sysbox_sys::process::myself()?,
         init: None,
+        poststop_ran: false,
         process,
     })
 }
 
-/// Namespaces that came by path and belong to another user namespace: the container's root may not enter them, so this
-/// process does, and its children are born there. With a shared user namespace init enters them itself.
-fn join_given_namespaces(mut spec: Spec, grant: &Grant) -> Result<Spec> {
-    if grant.share_with.is_some() {
-        return Ok(spec);
-    }
-    let Some(mut linux) = spec.linux().clone() else { return Ok(spec) };
-    let mut namespaces = linux.namespaces().clone().unwrap_or_default();
-    for namespace in &namespaces {
-        let flag = match namespace.typ() {
-            LinuxNamespaceType::Network => CloneFlags::CLONE_NEWNET,
-            LinuxNamespaceType::Ipc => CloneFlags::CLONE_NEWIPC,
-            LinuxNamespaceType::Uts => CloneFlags::CLONE_NEWUTS,
-            _ => continue,
-        };
-        if let Some(path) = namespace.path() {
-            let file =
-                std::fs::File::open(path).with_context(|| format!("open namespace {}", path.display()))?;
-            setns(&file, flag).with_context(|| format!("join namespace {}", path.display()))?;
+/// The namespaces that the spec gives by path, opened once: what was judged is what is joined, though the path may go
+/// through a pid that is another's by then.
+struct Given(Vec<(LinuxNamespaceType, OwnedFd)>);
+
+impl Given {
+    fn open(spec: &Spec) -> Result<Self> {
+        let mut all = Vec::new();
+        let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_deref());
+        for namespace in namespaces.unwrap_or_default() {
+            let Some(path) = namespace.path() else { continue };
+            let typ = namespace.typ().to_string();
+            if matches!(typ.as_str(), "user" | "mnt" | "time") {
+                bail!(
+                    "/linux/namespaces: a {typ} namespace is always the container's own; it cannot be given by path"
+                );
+            }
+            let opened = std::fs::File::open(path);
+            let file = OwnedFd::from(opened.with_context(|| format!("namespace {}", path.display()))?);
+            let ours = std::fs::File::open(format!("/proc/self/ns/{typ}")).context("our own namespace")?;
+            if identity(&file)? == identity(&ours.into())? {
+                if namespace.typ() == LinuxNamespaceType::Network {
+                    bail!("/linux/namespaces: {}", bundle::HOST_NETWORK);
+                }
+                bail!("/linux/namespaces: sysbox containers can't share namespaces {{{typ}}} with the host");
+            }
+            all.push((namespace.typ(), file));
         }
+        Ok(Self(all))
     }
-    namespaces.retain(|namespace| {
-        let joined = matches!(
-            namespace.typ(),
-            LinuxNamespaceType::Network | LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts
-        );
-        !(joined && namespace.path().is_some())
-    });
-    linux.set_namespaces(Some(namespaces));
-    spec.set_linux(Some(linux));
-    Ok(spec)
+
+    fn network(&self) -> Result<Option<FileId>> {
+        let network = self.0.iter().find(|(typ, _)| *typ == LinuxNamespaceType::Network);
+        network.map(|(_, file)| identity(file)).transpose()
+    }
+
+    /// Those of another user namespace: the container's root may not enter them, so this process does, and its children
+    /// are born there. With a shared user namespace init enters them itself, by our descriptors; the second value is that
+    /// of the user namespace, to be kept open until init exists.
+    fn join(&self, mut spec: Spec, grant: &Grant) -> Result<(Spec, Vec<OwnedFd>)> {
+        let Some(mut linux) = spec.linux().clone() else { return Ok((spec, Vec::new())) };
+        let mut namespaces = linux.namespaces().clone().unwrap_or_default();
+        let mut partner = Vec::new();
+        if let Some(process) = grant.share_with {
+            partner = Held::open(process)
+                .and_then(|held| held.namespaces(&["user"]))
+                .context("join the user namespace of the container whose network is shared")?;
+        }
+        for (typ, file) in &self.0 {
+            let flag = match typ {
+                LinuxNamespaceType::Network => Some(CloneFlags::CLONE_NEWNET),
+                LinuxNamespaceType::Ipc => Some(CloneFlags::CLONE_NEWIPC),
+                LinuxNamespaceType::Uts => Some(CloneFlags::CLONE_NEWUTS),
+                _ => None,
+            };
+            match flag.filter(|_| grant.share_with.is_none()) {
+                Some(flag) => {
+                    setns(file, flag).with_context(|| format!("join the given {typ} namespace"))?;
+                    namespaces.retain(|namespace| namespace.typ() != *typ);
+                }
+                None => name(&mut namespaces, *typ, file),
+            }
+        }
+        for file in &partner {
+            name(&mut namespaces, LinuxNamespaceType::User, file);
+        }
+        linux.set_namespaces(Some(namespaces));
+        spec.set_linux(Some(linux));
+        Ok((spec, partner))
+    }
+}
+
+fn name(namespaces: &mut [LinuxNamespace], typ: LinuxNamespaceType, file: &OwnedFd) {
+    for namespace in namespaces.iter_mut().filter(|namespace| namespace.typ() == typ) {
+        namespace.set_path(Some(proc_path(file.as_fd())));
+    }
+}
+
+fn identity(file: &OwnedFd) -> Result<FileId> {
+    let facts = nix::sys::stat::fstat(file).context("fstat(namespace)")?;
+    Ok(FileId { dev: facts.st_dev, ino: facts.st_ino })
 }

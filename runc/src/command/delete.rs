@@ -74,12 +74,18 @@ pub fn delete_stopped(call: &Call<'_>, home: &Home, state: &State) -> Result<()>
         state.cgroup.remove(state.id.as_str()).iter().map(ToString::to_string).collect();
     failures.extend(told(Fs::connect(&call.global.run_dir).and_then(|fs| fs.unregister(&home.key))));
     failures.extend(told(Mgr::connect(&call.global.run_dir).and_then(|mgr| mgr.release(&home.key))));
-    if let Err(error) = launch::run_hooks(home, state, HookTime::PostStop) {
+    if !state.poststop_ran
+        && let Err(error) = launch::run_hooks(home, state, HookTime::PostStop)
+    {
         // The specification: a failing poststop hook is told, and the delete goes on.
         call.log.warn(&error.to_string());
     }
     if failures.is_empty() {
         failures.extend(told(home.remove()));
+    }
+    if !failures.is_empty() && !state.poststop_ran {
+        // Once in a container's life, also when the delete has to be repeated for what failed here.
+        failures.extend(told(home.save(&State { poststop_ran: true, ..state.clone() })));
     }
     finish(failures)
 }

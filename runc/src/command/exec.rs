@@ -5,13 +5,14 @@ use std::rc::Rc;
 use anyhow::{Context, Result, bail};
 use nix::unistd::Pid;
 use oci_spec::runtime::{Process, UserBuilder};
+use sysbox_sys::process::Held;
 
 use super::{Call, write_pid_file};
 use crate::attend::{Attendance, Terminal};
 use crate::bundle;
 use crate::cli::ExecArgs;
 use crate::init::{Init, Role, own_stdio};
-use crate::launch::{Launch, LaunchError, step, tenant_spec};
+use crate::launch::{Joined, Launch, LaunchError, step, tenant_spec};
 use crate::limits::{self, Raise};
 use crate::plan;
 use crate::sink::Sink;
@@ -36,7 +37,10 @@ pub fn exec(call: &Call<'_>, args: &ExecArgs) -> Result<i32> {
     let entry = plan::entry(&process, &state.id_map, &state.facts)?;
     entry.apparmor.as_deref().map(crate::survey::require_profile).transpose()?;
     let reduced = plan::for_libcontainer(process.clone(), entry.apparmor.clone());
-    let spec = tenant_spec(home.load_spec()?, reduced, init.pid);
+    let created = home.load_spec()?;
+    let init = Held::open(init).context("cannot exec in a stopped container")?;
+    let joined = Joined::open(&init, &created).context("join the container")?;
+    let spec = tenant_spec(created, reduced, &joined);
     let filter = home.load_filter()?;
     let attendance = if args.detach { None } else { Some(Attendance::prepare()?) };
     let own_terminal = process.terminal().unwrap_or(false) && args.console_socket.is_none() && !args.detach;
@@ -51,7 +55,6 @@ pub fn exec(call: &Call<'_>, args: &ExecArgs) -> Result<i32> {
     own_stdio(uid.unwrap_or(map.root_uid()), gid.unwrap_or(map.root_gid()))
         .context("give stdio to the container")?;
     let sink = Rc::new(Sink::open().context("pipe for errors")?);
-    let init_pid = Pid::from_raw(init.pid);
     let launch = Launch {
         id: &args.id,
         bundle: &state.bundle,
@@ -65,12 +68,11 @@ pub fn exec(call: &Call<'_>, args: &ExecArgs) -> Result<i32> {
     };
     let raise = if state.facts.raise_rlimits { Raise::Yes } else { Raise::No };
     let enter = || {
-        let entered =
-            state.cgroup.enter_for_exec(init_pid).and_then(|()| state.cgroup.path_for_exec(init_pid));
+        let entered = state.cgroup.enter_for_exec(&init).and_then(|()| state.cgroup.path_for_exec(&init));
         entered.map_err(|e| LaunchError::Cgroup(e.to_string()))
     };
     let started = launch.exec(enter, |made| {
-        let follow = state.cgroup.follow(init_pid, Pid::from_raw(made.pid));
+        let follow = state.cgroup.follow(&init, Pid::from_raw(made.pid));
         follow.map_err(|e| LaunchError::Cgroup(e.to_string()))?;
         let asked = process.rlimits().as_deref().unwrap_or_default();
         limits::apply(made.pid, asked, raise).map_err(|e| step("set limits")(&e))

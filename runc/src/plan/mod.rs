@@ -1,6 +1,7 @@
 //! The plan: what is to be done to make a system container of an OCI spec. Pure: spec, survey, grant and settings in,
 //! a [`Plan`] or a refusal out. Opens nothing, asks the kernel nothing.
 
+mod claims;
 mod devices;
 mod mounts;
 mod process;
@@ -13,12 +14,13 @@ use oci_spec::runtime::{
     LinuxResources, LinuxSeccomp, LinuxTimeOffsetBuilder, PosixRlimit, Spec,
 };
 use sysbox_ipc::fs::Prepared;
-use sysbox_ipc::mgr::{Claim, DATA_ROOTS, FileId, Grant};
+use sysbox_ipc::mgr::Grant;
 use sysbox_ipc::{IdMap, IdMapError, IdMapLine};
 
 use crate::bundle::Bundle;
-use crate::survey::{Survey, is_bind, source_path};
+use crate::survey::{Ground, Survey};
 
+pub use claims::{Wanted, wanted};
 pub use devices::Node;
 pub use mounts::{Attributes, Bind, Extent, Place, Receives, Shift, Target, TargetKind};
 pub use process::{Entry, entry, for_libcontainer};
@@ -59,6 +61,9 @@ pub enum PlanError {
     UnmappedId { kind: &'static str, id: u32, last: u32 },
     #[error("/process/apparmorProfile: `{profile}` cannot be applied: AppArmor is not enabled on this host")]
     NoAppArmor { profile: String },
+    /// libcontainer makes devices and links by path there, before the root is changed: they would be made on the host.
+    #[error("rootfs: /dev is a symbolic link; hint: replace it by a directory")]
+    DevIsLink,
     #[error("/linux/devices: {} is not below /dev", path.display())]
     DevicePath { path: PathBuf },
     #[error("/linux: could not be built: {0}")]
@@ -148,26 +153,6 @@ fn merge(mut lines: Vec<IdMapLine>) -> Vec<IdMapLine> {
     merged
 }
 
-/// The user's own mounts on data roots, which one running container may hold at a time.
-pub fn claims(bundle: &Bundle, survey: &Survey) -> Vec<Claim> {
-    let mounts = bundle.spec.mounts().iter().flatten().filter(|mount| is_bind(mount));
-    mounts
-        .filter_map(|mount| {
-            let data_root = DATA_ROOTS.iter().find(|root| Path::new(root) == mount.destination())?;
-            let path = source_path(mount, &bundle.dir);
-            let source = survey.sources.get(&path)?;
-            let source_id = FileId { dev: source.dev, ino: source.ino };
-            Some(Claim { data_root: (*data_root).to_owned(), source: path, source_id })
-        })
-        .collect()
-}
-
-/// The path of the network namespace that the spec wants joined.
-pub fn netns_path(spec: &Spec) -> Option<&Path> {
-    let namespaces = spec.linux().as_ref()?.namespaces().as_deref()?;
-    namespaces.iter().find(|n| n.typ() == LinuxNamespaceType::Network)?.path().as_deref()
-}
-
 /// Decides everything.
 ///
 /// # Errors
@@ -179,13 +164,23 @@ pub fn plan(
     stage: &Stage,
     prepared: &Prepared,
 ) -> Result<Plan, PlanError> {
+    if survey.dev_is_link {
+        return Err(PlanError::DevIsLink);
+    }
     let mut spec = bundle.spec.clone();
     let read_only = spec.root().as_ref().is_some_and(|root| root.readonly().unwrap_or(false));
     let map = &grant.id_map;
     // A rootfs that belongs to the container's root already is shifted on disk (userns-remap): shifting again is wrong.
     let shifted = survey.root_owner == (map.root_uid(), map.root_gid());
     let root = Root { shift: if shifted { Shift::Never } else { Shift::Must }, read_only };
-    let mut warnings = Vec::new();
+    let mut warnings: Vec<String> = open_rootfs(bundle, survey, root).into_iter().collect();
+    if let Some(other) = grant.same_rootfs.as_ref().filter(|_| !read_only) {
+        warnings.push(format!(
+            "rootfs {}: container `{other}` runs on it as well, and neither expects the other's writes; hint: give each a \
+             copy, or make it read-only",
+            bundle.rootfs.display()
+        ));
+    }
 
     let mounted = mounts::plan(bundle, survey, map, stage, prepared, root, &mut warnings)?;
     let nodes = devices::plan(&spec, survey, map)?;
@@ -246,6 +241,20 @@ pub fn plan(
     })
 }
 
+/// Files on disk have the ids that the container sees, so what its root makes setuid is setuid root to whoever reaches it.
+/// An engine closes the way to its layers; a directory of the user's is his to close. One that is not shifted belongs to a
+/// user without rights.
+fn open_rootfs(bundle: &Bundle, survey: &Survey, root: Root) -> Option<String> {
+    let roots = survey.ground == Ground::Directory && root.shift == Shift::Must && !root.read_only;
+    (roots && survey.root_exposed).then(|| {
+        format!(
+            "rootfs {}: users of the host can reach it, so root of the container can leave setuid files there for them; \
+             hint: close a directory on the way (chmod 700)",
+            bundle.rootfs.display()
+        )
+    })
+}
+
 fn mappings(lines: &[IdMapLine]) -> Result<Vec<LinuxIdMapping>, PlanError> {
     lines
         .iter()
@@ -269,6 +278,7 @@ fn namespaces(linux: &oci_spec::runtime::Linux, grant: &Grant) -> Vec<LinuxNames
     if let Some(host) = grant.share_with {
         all.retain(|namespace| namespace.typ() != LinuxNamespaceType::User);
         let mut user = new(LinuxNamespaceType::User);
+        // Shows what is meant; it is entered by a descriptor (`create.rs`).
         user.set_path(Some(format!("/proc/{}/ns/user", host.pid).into()));
         all.push(user);
     }

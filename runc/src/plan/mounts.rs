@@ -152,6 +152,11 @@ pub(super) fn plan(
     let asked: Vec<Mount> = bundle.spec.mounts().iter().flatten().cloned().map(normal).collect();
     let mut planner =
         Planner { bundle, survey, map, stage, root, warnings, done: Mounted::default(), staged: 0 };
+    if !asked.iter().any(|mount| mount.destination() == Path::new("/dev")) {
+        // libcontainer makes devices by path there: never in the image's own directory, whose links it would follow.
+        let options = ["nosuid", "strictatime", "mode=755", "size=65536k"];
+        planner.done.mounts.push(mount("/dev", "tmpfs", "tmpfs", &options));
+    }
     let locked = locked_binds(&asked);
     for (at, mount) in asked.iter().enumerate() {
         planner.spec_mount(at, mount, locked.contains(&at))?;
@@ -164,7 +169,7 @@ pub(super) fn plan(
 }
 
 /// `destination` without `.`, `..` and double slashes, as a path inside a root.
-fn normal(mut mount: Mount) -> Mount {
+pub(super) fn normal(mut mount: Mount) -> Mount {
     let mut clean = PathBuf::from("/");
     for part in mount.destination().components() {
         match part {
@@ -209,7 +214,7 @@ fn locked_binds(mounts: &[Mount]) -> Vec<usize> {
 }
 
 /// The flags among a mount's options: for its top, and for the whole tree.
-fn attributes(mount: &Mount) -> (Attributes, Attributes) {
+pub(super) fn attributes(mount: &Mount) -> (Attributes, Attributes) {
     let (mut top, mut tree) = (Attributes::default(), Attributes::default());
     for option in mount.options().iter().flatten() {
         match option.as_str() {

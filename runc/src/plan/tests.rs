@@ -1,16 +1,16 @@
 //! Plans as data: what a spec becomes, what is locked, what is refused.
 
 use super::*;
-use crate::survey::{Ground, Overlay, Source};
+use crate::survey::{Ground, Overlay, Source, is_bind};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Component;
 use sysbox_ipc::IdRange;
-use sysbox_ipc::mgr::HostFacts;
+use sysbox_ipc::mgr::{DATA_ROOTS, HostFacts};
 
 fn source(is_directory: bool) -> Source {
-    Source { is_directory, dev: 1, ino: 2, uid: 0, gid: 0, magic: 0xef53, exposed: false }
+    Source { is_directory, uid: 0, gid: 0, magic: 0xef53, exposed: false }
 }
 
 fn spec(mounts: Value, more: Value) -> Spec {
@@ -40,6 +40,8 @@ fn planned(spec: Spec) -> Result<Plan, PlanError> {
     let survey = Survey {
         ground: Ground::Overlay(overlay),
         root_owner: (0, 0),
+        root_exposed: false,
+        dev_is_link: false,
         sources,
         unusable_roots: vec![],
         present: vec!["/dev/fuse", "/sys/kernel/debug"],
@@ -48,7 +50,7 @@ fn planned(spec: Spec) -> Result<Plan, PlanError> {
     };
     let facts = HostFacts { time_namespace: true, ..HostFacts::default() };
     let id_map = IdMap::of_range(IdRange { start: 300_000, count: 65536 }).unwrap();
-    let grant = Grant { id_map, slot: 1, share_with: None, facts };
+    let grant = Grant { id_map, slot: 1, share_with: None, same_rootfs: None, facts };
     let prepared = Prepared { directory: "/fs/c".into(), leaves: vec!["proc/meminfo".into()] };
     plan(&bundle, &survey, &grant, &Stage { dir: "/s".into() }, &prepared)
 }
@@ -129,6 +131,8 @@ fn mounts_of_an_engine_become_those_of_a_machine() {
         })
         .collect();
     let mut expected = vec![
+        // Nobody asked for it, and nothing is made in the image's own.
+        "/dev tmpfs tmpfs nosuid,strictatime,mode=755,size=65536k".to_owned(),
         "/proc proc proc nosuid,noexec,nodev".to_owned(),
         "/sys sysfs sysfs nosuid,noexec,nodev".to_owned(),
         "/sys/fs/cgroup cgroup cgroup nosuid,noexec,nodev,relatime,rw".to_owned(),
@@ -144,6 +148,14 @@ fn mounts_of_an_engine_become_those_of_a_machine() {
     assert_eq!(shown, expected);
     let file = plan.targets.iter().find(|target| target.path == Path::new("/etc/hosts")).unwrap();
     assert_eq!(file.kind, TargetKind::File);
+}
+
+#[test]
+fn the_containers_dev_is_its_own_once() {
+    let tmpfs = json!([{"destination": "/dev/", "type": "tmpfs", "source": "tmpfs"}]);
+    let plan = planned(spec(tmpfs, json!({}))).unwrap();
+    let mounts = plan.spec.mounts().iter().flatten();
+    assert_eq!(mounts.filter(|mount| mount.destination() == Path::new("/dev")).count(), 1);
 }
 
 #[test]

@@ -1,4 +1,5 @@
-//! The daemon's log: to stderr, or appended to a file which is opened anew on SIGHUP (logrotate(8)).
+//! A daemon's log: to stderr, or appended to a file which is opened anew on SIGHUP (logrotate(8)). Both daemons have it; it
+//! knows neither of them.
 
 use std::fs::File;
 use std::io::{self, Write};
