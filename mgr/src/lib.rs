@@ -13,6 +13,7 @@ pub mod ledger;
 pub mod log;
 pub mod observe;
 pub mod overlay;
+mod pinned;
 pub mod server;
 pub mod store;
 pub mod subid;

@@ -316,3 +316,14 @@ fn where_the_container_has_written_before_nothing_ever_fails() {
     println!("the container's own directories: {written} writes, {failed} failed, longest {longest:?}");
     assert_eq!(failed, 0);
 }
+
+#[test]
+fn where_a_directory_is_in_use_before_the_engine_comes_nothing_ever_fails() {
+    let bed = Bed::new();
+    let dirs: Vec<String> = (0..100).map(|at| format!("opt/{at}")).collect();
+    let _pins: Vec<File> = dirs.iter().map(|dir| bed.pin(dir)).collect();
+    eventually("its own", || dirs.iter().all(|dir| bed.path("id/diff").join(dir).is_dir()));
+    let Met { written, failed, longest } = race(&bed);
+    println!("directories in use: {written} writes, {failed} failed, longest {longest:?}");
+    assert_eq!(failed, 0);
+}
