@@ -104,26 +104,22 @@ impl Upper {
         }
     }
 
-    /// Whether the overlay at `root` has the very directory that is aside as what it shows at `path`: whether it sees a
-    /// modification time there that nothing else has.
+    /// Whether the overlay at `root` has the very directory that is aside as what it shows at `path`.
     ///
     /// # Errors
     /// As [`look`], and utimensat(2).
     pub fn is_seen(&self, aside: &Aside, root: BorrowedFd<'_>, path: &Path) -> Result<bool> {
         let Some(place) = self.place()? else { return Ok(false) };
-        let Some(file) = look(place.as_fd(), Path::new(&aside.0))? else { return Ok(false) };
-        let set = |mtime: (i64, i64)| {
-            let (omit, mtime) = (TimeSpec::UTIME_OMIT, TimeSpec::new(mtime.0, mtime.1));
-            utimensat(&place, aside.0.as_os_str(), &omit, &mtime, UtimensatFlags::NoFollowSymlink)
-                .named(|| format!("utimensat({})", shown(Path::new(&aside.0))))
-        };
-        let before = (file.st_mtime, file.st_mtime_nsec);
-        let mark = (before.0, (before.1 + 500_000_003) % 1_000_000_000);
-        set(mark)?;
-        let seen =
-            look(root, path).map(|seen| seen.is_some_and(|seen| (seen.st_mtime, seen.st_mtime_nsec) == mark));
-        set(before)?;
-        seen
+        is_shown(place.as_fd(), &aside.0, root, path)
+    }
+
+    /// Whether the overlay at `root` has the very directory that is at `path` in the upper as what it shows there.
+    ///
+    /// # Errors
+    /// As [`Upper::is_seen`].
+    pub fn is_seen_in_place(&self, root: BorrowedFd<'_>, path: &Path) -> Result<bool> {
+        let (parent, name) = parent_of(self.dir(), path)?;
+        is_shown(parent.as_fd(), name, root, path)
     }
 
     /// Brings everything back, or what is in it. Before the children of a directory are brought into a directory of the
@@ -222,6 +218,23 @@ impl Aside {
             Err(errno) => Err(SysError::new(errno, format!("unlinkat({})", shown(Path::new(&self.note()))))),
         }
     }
+}
+
+/// Whether what `root` shows at `path` is `name` in `dir`: whether a modification time shows there that nothing else has.
+fn is_shown(dir: BorrowedFd<'_>, name: &OsStr, root: BorrowedFd<'_>, path: &Path) -> Result<bool> {
+    let Some(file) = look(dir, Path::new(name))? else { return Ok(false) };
+    let set = |mtime: (i64, i64)| {
+        let (omit, mtime) = (TimeSpec::UTIME_OMIT, TimeSpec::new(mtime.0, mtime.1));
+        utimensat(dir, name, &omit, &mtime, UtimensatFlags::NoFollowSymlink)
+            .named(|| format!("utimensat({})", shown(Path::new(name))))
+    };
+    let before = (file.st_mtime, file.st_mtime_nsec);
+    let mark = (before.0, (before.1 + 500_000_003) % 1_000_000_000);
+    set(mark)?;
+    let seen =
+        look(root, path).map(|seen| seen.is_some_and(|seen| (seen.st_mtime, seen.st_mtime_nsec) == mark));
+    set(before)?;
+    seen
 }
 
 /// Moves the children of directory `from/name` to the directory at `to`, which is in `parent`. Directories that are in both

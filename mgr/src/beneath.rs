@@ -1,6 +1,7 @@
 //! Looking at and renaming what a container names, beneath a directory that is held: no link is followed, no mount crossed.
 
 use std::ffi::{OsStr, OsString};
+use std::ops::ControlFlow;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -60,6 +61,20 @@ pub fn open_beneath(root: BorrowedFd<'_>, path: &Path, flags: OFlag) -> Result<O
     }
 }
 
+/// The directory at `path` if the kernel has every name on the way in its cache; `None` if not, or if a mount or a link is
+/// there. Each directory on the way has to be the caller's by file system uid, or to be searchable by what is cached of it.
+pub fn open_cached(root: BorrowedFd<'_>, path: &Path) -> Option<OwnedFd> {
+    let resolve = ResolveFlag::RESOLVE_BENEATH
+        | ResolveFlag::RESOLVE_NO_SYMLINKS
+        | ResolveFlag::RESOLVE_NO_MAGICLINKS
+        | ResolveFlag::RESOLVE_NO_XDEV
+        // Linux 5.12, as idmapped mounts; nix has no name for it.
+        | ResolveFlag::from_bits_retain(nix::libc::RESOLVE_CACHED);
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    // EAGAIN is the answer "not cached"; of the other errors none makes it a directory to look at.
+    openat2(root, path, OpenHow::new().flags(flags).resolve(resolve)).ok()
+}
+
 /// The directory that `path` is in, and its name there.
 ///
 /// # Errors
@@ -107,10 +122,22 @@ pub fn rename(
 /// # Errors
 /// `readdir` failing.
 pub fn names(dir: BorrowedFd<'_>) -> Result<Vec<(OsString, Kind)>> {
+    let mut names = Vec::new();
+    each_name(dir, |name, kind| {
+        names.push((name.to_owned(), kind));
+        ControlFlow::Continue(())
+    })?;
+    Ok(names)
+}
+
+/// Shows what is in a directory, until `visit` has seen enough.
+///
+/// # Errors
+/// `readdir` failing.
+pub fn each_name(dir: BorrowedFd<'_>, mut visit: impl FnMut(&OsStr, Kind) -> ControlFlow<()>) -> Result<()> {
     // A descriptor of its own: the position in the directory is the descriptor's.
     let own = openat(dir, ".", OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty());
     let mut listed = Dir::from_fd(own.named(|| "openat(.)".to_owned())?).named(|| "fdopendir".to_owned())?;
-    let mut names = Vec::new();
     for entry in listed.iter() {
         let entry = entry.named(|| "readdir".to_owned())?;
         let name = OsStr::from_bytes(entry.file_name().to_bytes());
@@ -129,9 +156,11 @@ pub fn names(dir: BorrowedFd<'_>) -> Result<Vec<(OsString, Kind)>> {
             }
             Some(_) => Kind::Other,
         };
-        names.push((name.to_owned(), kind));
+        if visit(name, kind).is_break() {
+            break;
+        }
     }
-    Ok(names)
+    Ok(())
 }
 
 /// A path of a container's, fit for a log: bounded, and without control characters.

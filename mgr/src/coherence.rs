@@ -24,11 +24,12 @@ use sysbox_ipc::ContainerKey;
 use sysbox_ipc::mgr::{DATA_ROOTS, Process};
 use sysbox_sys::error::Named;
 use sysbox_sys::{Result, SysError};
-use tracing::{debug, error, warn};
+use tracing::{debug, error, trace, warn};
 
 use crate::aside::Upper;
 use crate::observe::overlay_root;
-use crate::overlay::Pair;
+use crate::overlay::{Owned, Pair};
+use crate::pinned::Listings;
 
 /// Without events for so long, an engine's operation is taken to be over.
 const QUIET: Duration = Duration::from_millis(10);
@@ -40,6 +41,14 @@ const AGAIN: Duration = Duration::from_millis(250);
 /// Once in so long one container's engine side is flushed without an event, in turn: a name that was looked for in vain, and a
 /// directory that the container replaced while the engine was about to write to it, make none.
 const TURN: Duration = Duration::from_millis(500);
+/// How soon after a start, and after the engine did something, a container is looked at for directories that it has in use;
+/// then after twice the time, and so on to `RARELY`.
+const SOON: Duration = Duration::from_secs(1);
+const RARELY: Duration = Duration::from_secs(8);
+/// A look that had to flush, for nothing, cost the container what it had cached: such go on to `SELDOM`.
+const SELDOM: Duration = Duration::from_secs(64);
+/// How many containers are looked at in one turn.
+const LOOKS: usize = 4;
 /// How long a stop waits for the thread.
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -174,11 +183,38 @@ struct Side {
     engine_device: u64,
     /// When to flush, unless there are events before.
     due: Option<Due>,
+    listings: Listings,
+    next_look: NextLook,
+}
+
+/// When the directories in use are looked at again.
+struct NextLook {
+    at: Instant,
+    after: Duration,
+    /// What was told of already.
+    blind: usize,
 }
 
 struct Due {
     at: Instant,
     at_the_latest: Instant,
+}
+
+impl NextLook {
+    fn soon() -> Self {
+        Self { at: Instant::now() + SOON, after: SOON, blind: 0 }
+    }
+
+    /// After a look that came to `owned`.
+    fn again(&mut self, owned: Owned) {
+        self.after = match owned {
+            // What cannot be helped now, a flush helps when the directory is no longer in use.
+            Owned { blind: 1.., .. } => SOON,
+            Owned { copied: 0, has_flushed: true, .. } => (self.after * 2).min(SELDOM),
+            _ => (self.after * 2).min(RARELY),
+        };
+        self.at = Instant::now() + self.after;
+    }
 }
 
 impl Side {
@@ -187,6 +223,40 @@ impl Side {
         let now = Instant::now();
         let at_the_latest = self.due.as_ref().map_or(now + LATEST, |due| due.at_the_latest);
         self.due = Some(Due { at: (now + QUIET).min(at_the_latest), at_the_latest });
+    }
+
+    /// What is due. After a while without events, the engine is not at work.
+    fn flush_due(&mut self) {
+        let is_quiet = self.due.as_ref().is_some_and(|due| due.at < due.at_the_latest);
+        self.flush();
+        if is_quiet {
+            self.look();
+            self.next_look = NextLook { blind: self.next_look.blind, ..NextLook::soon() };
+        }
+    }
+
+    /// Gives the container its own copies of the directories that it has in use.
+    fn look(&mut self) {
+        let owned = match self.pair.own_pinned(&mut self.listings) {
+            Ok(owned) => owned,
+            Err(error) => {
+                self.complain(&error, "look");
+                Owned::default()
+            }
+        };
+        trace!(container = %self.target.key, ?owned, "directories in use");
+        if owned.blind > self.next_look.blind {
+            warn!(
+                container = %self.target.key,
+                directories = owned.blind,
+                "it and its engine made the first copy of a directory at one moment: it can create nothing there until no process has it in use"
+            );
+        }
+        self.next_look.blind = owned.blind;
+        self.next_look.again(owned);
+        if self.pair.has_left() {
+            self.disturb();
+        }
     }
 
     fn flush(&mut self) {
@@ -239,11 +309,12 @@ impl Worker {
             let now = Instant::now();
             for side in self.sides.values_mut() {
                 if side.due.as_ref().is_some_and(|due| due.at <= now) {
-                    side.flush();
+                    side.flush_due();
                 }
             }
             if self.turn.next_at <= now {
                 self.flush_next();
+                self.look_next(now);
             }
         }
     }
@@ -260,6 +331,14 @@ impl Worker {
             debug!(container = %key, %error, "flush");
         }
         self.turn = Turn { last: next.map(|(key, _)| key.clone()), next_at: Instant::now() + TURN };
+    }
+
+    /// Those whose time has come; first those that come often, as they are new or in use, and nobody last for ever.
+    fn look_next(&mut self, now: Instant) {
+        let is_due = |side: &&mut Side| side.next_look.at <= now && side.due.is_none();
+        let mut sides: Vec<&mut Side> = self.sides.values_mut().filter(is_due).collect();
+        sides.sort_by_key(|side| side.next_look.at + side.next_look.after);
+        sides.into_iter().take(LOOKS).for_each(Side::look);
     }
 
     fn wait(&self) {
@@ -317,7 +396,8 @@ impl Worker {
             }
         };
         let (key, is_found_running) = (key.clone(), *is_found_running);
-        let mut side = Side { target, pair, engine_device, due: None };
+        let (listings, next_look) = (Listings::default(), NextLook::soon());
+        let mut side = Side { target, pair, engine_device, due: None, listings, next_look };
         if is_found_running {
             side.flush();
             side.settle(None);

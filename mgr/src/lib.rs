@@ -12,6 +12,7 @@ pub mod instance;
 pub mod ledger;
 pub mod observe;
 pub mod overlay;
+mod pinned;
 pub mod server;
 pub mod store;
 pub mod subid;

@@ -11,24 +11,29 @@
 use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::OFlag;
-use nix::sys::stat::{FileStat, fstat};
-use nix::unistd::{UnlinkatFlags, unlinkat};
-use sysbox_sys::Result;
+use nix::fcntl::{AtFlags, OFlag};
+use nix::sys::stat::FileStat;
+use nix::sys::statfs::{OVERLAYFS_SUPER_MAGIC, fstatfs};
+use nix::unistd::{UnlinkatFlags, fchownat, unlinkat};
 use sysbox_sys::error::Named;
 use sysbox_sys::mount::FsContext;
-use sysbox_sys::path::proc_path;
+use sysbox_sys::{Result, SysError};
 use tracing::{debug, trace};
 
 use crate::aside::Upper;
-use crate::beneath::{Kind, changed, kind_of, look, names, open_beneath, open_dir, parent_of, shown};
+use crate::beneath::{
+    Kind, changed, kind_of, look, names, open_beneath, open_cached, open_dir, parent_of, shown,
+};
+use crate::pinned::{self, Listings, Standing, Until};
 
 /// How often the engine may come in between while one directory is cured.
 const TRIES: u32 = 8;
+/// How deep below the last known directory in use one is found in one look, and how many are copied up in one.
+const DEEPEST: u32 = 16;
+const MOST_OWNED: usize = 64;
 
 /// One container's two overlays and their upper. Holds the container's; the engine's only for the time of a flush, as the
 /// engine must be able to unmount it.
@@ -53,15 +58,34 @@ enum View {
     Apart,
 }
 
+/// What a look at the directories in use came to.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Owned {
+    /// Something was cached that only a flush could tell from what is in use.
+    pub has_flushed: bool,
+    /// Directories that are the container's own from now on.
+    pub copied: usize,
+    /// Directories in which neither side sees what the other does until nobody has them in use.
+    pub blind: usize,
+}
+
 impl Pair {
     /// `container` is the root of the container's overlay.
     ///
     /// # Errors
-    /// No such upper directory.
+    /// No such upper directory; `ENODEV`: `container` is an overlay, and not on that upper.
     pub fn open(merged: &Path, upper: &Path, container: OwnedFd) -> Result<Self> {
         // A manager before us may have left something aside.
         let has_left = Cell::new(true);
-        Ok(Self { merged: merged.to_owned(), container, upper: Upper::open(upper)?, has_left })
+        let pair = Self { merged: merged.to_owned(), container, upper: Upper::open(upper)?, has_left };
+        // A container that was there before us may have gone to a root of its own making, one that it can write to.
+        match pinned::compare(pair.container.as_fd(), pair.upper.dir(), Path::new("")) {
+            Some(Standing::Own) => Ok(pair),
+            _ => Err(SysError::new(
+                Errno::ENODEV,
+                format!("the container's root is not on {}", upper.display()),
+            )),
+        }
     }
 
     /// Makes the container see what the engine did at `path` (relative to the root), or at least write beside it: what is in a
@@ -122,7 +146,7 @@ impl Pair {
         // Before the engine forgets by which name it got there, all has to be where that name leads.
         let left = if self.has_left.get() { self.gather()? } else { Vec::new() };
         flush(self.container.as_fd())?;
-        let engine = open_dir(&self.merged)?;
+        let engine = self.engine()?;
         flush(engine.as_fd())?;
         if left.is_empty() {
             return Ok(true);
@@ -142,7 +166,92 @@ impl Pair {
     /// # Errors
     /// As [`Pair::flush`].
     pub fn flush_engine(&self) -> Result<()> {
-        flush(open_dir(&self.merged)?.as_fd())
+        flush(self.engine()?.as_fd())
+    }
+
+    /// Whether something is aside, and [`Pair::flush`] to be called.
+    pub fn has_left(&self) -> bool {
+        self.has_left.get()
+    }
+
+    /// Gives the container its own copy of each directory that it has in use and only the layers have, before the engine
+    /// writes to one; and finds those that somebody wrote to unheard. Flushes only if there may be any.
+    ///
+    /// Not to be called while the engine is at work: of two first copies at one moment, the later takes the place of the
+    /// earlier if that is still empty, and whoever has that one in use can create nothing in it as long as it is.
+    ///
+    /// # Errors
+    /// The engine's side not being mounted; a reconfigure that failed.
+    pub fn own_pinned(&self, listings: &mut Listings) -> Result<Owned> {
+        let (root, upper) = (self.container.as_fd(), self.upper.dir());
+        let mut owned = Owned::default();
+        if listings.look(root, upper, Until::First).is_empty() {
+            return Ok(owned);
+        }
+        owned.has_flushed = true;
+        let engine = self.engine()?;
+        for _ in 0..DEEPEST {
+            flush(root)?;
+            let cached = listings.look(root, upper, Until::All);
+            for path in &cached.differing {
+                owned.blind += usize::from(!self.unblind(path)?);
+            }
+            if !cached.image_only.is_empty() {
+                // What the engine remembers as the layers' it would copy up once more, over the container's.
+                flush(engine.as_fd())?;
+                owned.copied += self.own(&cached.image_only, engine.as_fd());
+                flush(engine.as_fd())?;
+            }
+            if cached.unlisted.is_empty() {
+                break;
+            }
+            cached.unlisted.iter().for_each(|path| listings.list(root, path));
+        }
+        Ok(owned)
+    }
+
+    /// Has the container copy up what only the layers have. How many directories it did.
+    fn own(&self, paths: &[PathBuf], engine: BorrowedFd<'_>) -> usize {
+        let mut copied = 0;
+        for path in paths.iter().take(MOST_OWNED) {
+            if open_cached(engine, path).is_some() {
+                debug!(path = %shown(path), "in use by both sides: not copied up now");
+                continue;
+            }
+            match self.touch(path) {
+                Ok(()) => copied += 1,
+                Err(error) if is_in_the_way(error.errno) => {
+                    if let Err(error) = self.cure_directory(path) {
+                        debug!(path = %shown(path), %error, "the engine came first");
+                    }
+                }
+                // A root that is read-only, a directory whose owner has no id in there: the container cannot write either.
+                Err(error) => debug!(path = %shown(path), %error, "not copied up"),
+            }
+        }
+        copied
+    }
+
+    /// Makes the container see a directory of the upper that it does not see. `false`: it cannot be helped as long as the
+    /// directory is in use.
+    fn unblind(&self, path: &Path) -> Result<bool> {
+        let is_seen = || self.upper.is_seen_in_place(self.container.as_fd(), path);
+        if is_seen()? {
+            return Ok(true);
+        }
+        // As the layers had it, in most cases. Otherwise it is a copy of its own, the place of which was taken.
+        self.cure_directory(path)?;
+        is_seen()
+    }
+
+    /// The root of the engine's overlay, which the engine may have unmounted: then the directory is no business of ours.
+    fn engine(&self) -> Result<OwnedFd> {
+        let what = || format!("{}: the engine's overlay", self.merged.display());
+        let engine = open_dir(&self.merged)?;
+        if fstatfs(&engine).named(what)?.filesystem_type() != OVERLAYFS_SUPER_MAGIC {
+            return Err(SysError::new(Errno::ENOENT, what()));
+        }
+        Ok(engine)
     }
 
     /// Brings back what is aside, and what the engine has put into directories that are.
@@ -242,12 +351,12 @@ impl Pair {
         flush(self.container.as_fd())
     }
 
-    /// Has the container's overlay copy a directory up, by giving it the mode that it has.
+    /// Has the container's overlay copy a directory up, by a chown(2) that names no owner: the kernel makes the copy before it sees that
+    /// nothing is to be changed. (To set the mode it has could undo what the container sets at that moment.)
     fn touch(&self, path: &Path) -> Result<()> {
         let fd = open_beneath(self.container.as_fd(), path, OFlag::O_PATH | OFlag::O_DIRECTORY)?;
-        let mode = fstat(&fd).named(|| format!("fstat({})", shown(path)))?.st_mode & 0o7777;
-        std::fs::set_permissions(proc_path(fd.as_fd()), std::fs::Permissions::from_mode(mode))
-            .named(|| format!("chmod({}, {mode:o})", shown(path)))
+        fchownat(&fd, "", None, None, AtFlags::AT_EMPTY_PATH)
+            .named(|| format!("fchownat({}, -1, -1)", shown(path)))
     }
 }
 

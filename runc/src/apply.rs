@@ -193,7 +193,7 @@ fn fill(base: &Base<'_>, survey: &Survey, clones: &[OwnedFd], staged: &mut Stage
     }
     if let Ground::Overlay(overlay) = &survey.ground {
         // Before any bind lies over one of them: a directory of the user's is not ours to touch.
-        base.copy_up(staged, overlay, USUAL.iter().map(Path::new))?;
+        base.copy_up(staged, overlay, USUAL.iter().map(Path::new).chain(plan.entry.cwd.ancestors()))?;
     }
     for (bind, clone) in plan.binds.iter().zip(clones) {
         match &bind.place {
@@ -276,7 +276,8 @@ fn clone_source(bind: &Bind, shifter: BorrowedFd<'_>, warnings: &mut Vec<String>
     Ok(clone)
 }
 
-/// Directories that programs are in or run from in nearly every image, copied up before anything can pin them.
+/// Directories that programs are in or run from in nearly every image, copied up before anything can pin them. (Others that
+/// come into use later sysbox-mgr has copied up.)
 const USUAL: &[&str] = &[
     "/",
     "/etc",
@@ -418,8 +419,10 @@ impl Base<'_> {
             let shown = || format!("copy up {}", parent.display());
             let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY;
             let dir = match open_in_root(staged.rootfs.as_fd(), parent, flags) {
-                // One of the usual directories that this image has not, or has as a link.
-                Err(error) if matches!(error.errno, Errno::ENOENT | Errno::ENOTDIR) => continue,
+                // One of the usual directories that this image has not, or has as a link; a working directory that is none.
+                Err(error) if matches!(error.errno, Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => {
+                    continue;
+                }
                 other => other.attempt(shown)?,
             };
             let mode = Mode::from_bits_truncate(fstat(&dir).attempt(shown)?.st_mode & 0o7777);
