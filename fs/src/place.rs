@@ -4,7 +4,7 @@
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::mount::MntFlags;
@@ -128,10 +128,19 @@ pub fn verify(mountpoint: &Path, probe: &Probe) -> Result<()> {
     }
 }
 
+/// Somebody's look (a df, a path that leads through) makes it busy for a moment: that is waited for.
+///
 /// # Errors
 /// `EBUSY` while it is in use.
 pub fn unmount(mountpoint: &Path) -> std::result::Result<(), SysError> {
-    nix::mount::umount(mountpoint).named(|| format!("umount({})", mountpoint.display()))
+    const LONG: Duration = Duration::from_secs(2);
+    let begun = Instant::now();
+    loop {
+        match nix::mount::umount(mountpoint) {
+            Err(Errno::EBUSY) if begun.elapsed() < LONG => std::thread::sleep(Duration::from_millis(10)),
+            other => return other.named(|| format!("umount({})", mountpoint.display())),
+        }
+    }
 }
 
 #[derive(Debug)]

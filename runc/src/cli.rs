@@ -253,7 +253,7 @@ pub struct ExecArgs {
     /// Accepted as in runc; orphans are the caller's
     #[arg(long, hide = true)]
     pub no_subreaper: bool,
-    /// Do it in a paused container as well; the program waits until that is resumed
+    /// Do it in a paused container as well, which has to be resumed within 30 s
     #[arg(long)]
     pub ignore_paused: bool,
     /// Pass on this many descriptors after the standard three

@@ -13,7 +13,7 @@ use sysbox_tests::runtime::{Machine, Running, cgroups, eventually};
 const COUNTING: &str = "while :; do echo x >>/count; done";
 
 fn counted(machine: &Machine, id: &str) -> u64 {
-    fs::metadata(machine.path(id).join("rootfs/count")).map_or(0, |facts| facts.len())
+    fs::metadata(machine.path("bundles").join(id).join("rootfs/count")).map_or(0, |facts| facts.len())
 }
 
 /// Where the limits of `controller` are: in its own hierarchy, or in the only one.
