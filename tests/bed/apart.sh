@@ -149,9 +149,10 @@ machine=$!
 if [ -n "$network" ]; then
     command -v slirp4netns >/dev/null || die "no \`slirp4netns\`" "apt-get install slirp4netns"
     wait_until 20 test -s "$dir/ready" || die "the machine apart did not start"
-    slirp4netns --configure --mtu=65520 --disable-host-loopback "$(cat "$dir/ready")" tap0 >"$dir/slirp.log" 2>&1 &
+    slirp4netns --configure --mtu=65520 --disable-host-loopback --ready-fd=3 "$(cat "$dir/ready")" tap0 \
+        3>"$dir/slirp.ready" >"$dir/slirp.log" 2>&1 &
     slirp=$!
-    wait_until 20 grep -q 'Starting slirp' "$dir/slirp.log" || { cat "$dir/slirp.log" >&2; die "slirp4netns did not start"; }
+    wait_until 20 test -s "$dir/slirp.ready" || { cat "$dir/slirp.log" >&2; die "slirp4netns did not start"; }
     echo go >"$dir/network"
 fi
 status=0
