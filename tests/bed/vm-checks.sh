@@ -30,6 +30,13 @@ claim "an exec is in init's cgroup" [ "$(inside cat /proc/self/cgroup)" = "$(ins
 claim "meminfo shows the limit" [ "$(inside awk '/MemTotal/{print $2}' /proc/meminfo)" = 262144 ]
 claim "AppArmor is on, and the engine's default profile is not applied" \
     [ "$(cat /sys/module/apparmor/parameters/enabled) $(inside cat /proc/1/attr/current | tr -d '\0')" = "Y unconfined" ]
+is_under_named_profile() {
+    local rules="file, capability, network, mount, umount, pivot_root, signal, ptrace, unix, deny /etc/group r,"
+    echo "profile sysbox-check flags=(attach_disconnected,mediate_deleted) { $rules }" | apparmor_parser -qr || return 1
+    [ "$(bed_docker run --rm --runtime=sysbox-runc --security-opt apparmor=sysbox-check sysbox/busybox \
+        sh -c 'cat /proc/self/attr/current; cat /etc/group 2>/dev/null || echo denied' | tr -d '\0')" = $'sysbox-check (enforce)\ndenied' ]
+}
+claim "a profile that is named is applied" is_under_named_profile
 refused_profile() { # docker fails, as it must, and says why
     local said
     said=$(bed_docker run --rm --runtime=sysbox-runc --security-opt apparmor=no-such-profile sysbox/busybox true 2>&1) && return 1
