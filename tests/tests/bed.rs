@@ -68,7 +68,8 @@ fn up_may_be_repeated_and_down_leaves_nothing_but_data() {
 
     machine.sh("make down").ok();
     is_as_before(&mut machine, &before);
-    assert_eq!(machine.sh("make down").ok(), "bed `dev` is not up\n", "a second down is harmless");
+    assert!(machine.sh("make down").ok().starts_with("bed `dev` is down"), "a second down is harmless");
+    is_as_before(&mut machine, &before);
     machine.sh("make up").ok();
     let data = r#"eval "$(make -s env)"; docker images -q box | wc -l; docker ps -aq | wc -l"#;
     assert_eq!(machine.sh(data).ok(), "1\n2\n", "data is kept");
@@ -188,11 +189,22 @@ fn a_docker_that_the_user_has_is_not_asked_changed_or_restarted() {
         "{before}"
     );
 
-    for step in ["make up", "make up", "make -s env", "make down", "make up", "make down PURGE=1"] {
+    // With data of an earlier run as well: a dockerd that finds such a network tidies up, `docker0` included.
+    let steps = [
+        "make up",
+        "make up",
+        "make -s env",
+        "make down",
+        "make up",
+        "make down PURGE=1",
+        "make up",
+        "make down",
+    ];
+    for (at, step) in steps.into_iter().enumerate() {
         machine.sh(step).ok();
         let after = machine.sh(USERS_VIEW).ok();
         let differs: Vec<_> = before.lines().zip(after.lines()).filter(|(was, is)| was != is).collect();
-        assert!(before == after, "{step}: {differs:#?}\n{after}");
+        assert!(before == after, "step {at}, {step}: {differs:#?}\n{after}");
     }
     assert_eq!(machine.sh(serves).ok(), "for sale\nfor sale\n");
     let containers = "docker ps -a --format '{{.Names}} {{.State}}' | sort; docker info -f '{{.Labels}}'";
