@@ -54,8 +54,8 @@ case " $TARGETS " in *" demo "*)
     step docker run --rm --runtime=sysbox-runc sysbox/debian:bookworm cat /proc/self/uid_map
     step make down PURGE=1
 esac
-left=$(awk "{print \$5}" /proc/self/mountinfo | grep -e sysbox-bed/. -e sysboxfs || true; ls /proc | grep -x "[0-9]*" | while read -r pid; do
-    tr "\0" " " <"/proc/$pid/cmdline" 2>/dev/null | grep -E "dockerd|containerd|sysbox-(mgr|fs)" || true; done)
+left=$(awk "{print \$5}" /proc/self/mountinfo | grep -e sysbox-bed/. -e sysboxfs || true
+    cat /proc/[0-9]*/comm 2>/dev/null | grep -E "^(dockerd|containerd|docker-proxy|sysbox-)" || true)
 [ -z "$left" ] || { echo "bare: left behind: $left" >&2; exit 1; }
 echo "bare: all holds, in $((SECONDS - began)) s"'
 "$BED_DIR/apart.sh" --root "$root" --bind "$(rustc --print sysroot):/opt/rust" --network \

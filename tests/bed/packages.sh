@@ -22,6 +22,7 @@ test   | mkfs.xfs                                  | xfsprogs
 test   | mkfs.btrfs                                | btrfs-progs
 test   | script                                    | bsdutils
 test   | /bin/busybox                              | busybox-static
+test   | ps                                        | procps
 image  | mmdebstrap                                | mmdebstrap
 image  | /usr/share/keyrings/debian-archive-keyring.gpg | debian-archive-keyring
 bare   | slirp4netns                               | slirp4netns

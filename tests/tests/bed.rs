@@ -181,7 +181,7 @@ for table in filter nat; do iptables -w -t $table -S | grep -v SYSBOX-; done
 fn a_docker_that_the_user_has_is_not_asked_changed_or_restarted() {
     let (mut machine, _) = machine();
     machine.sh(&format!("set -e; {BUSYBOX} {USERS_DOCKER}")).ok();
-    let serves = "wget -qO- http://127.0.0.1:8080/; busybox wget -qO- http://$(ip -4 -o addr show docker0 | sed 's/.*inet //; s,/.*,,'):8080/";
+    let serves = "busybox wget -qO- http://127.0.0.1:8080/; busybox wget -qO- http://$(ip -4 -o addr show docker0 | sed 's/.*inet //; s,/.*,,'):8080/";
     assert_eq!(machine.sh(serves).ok(), "for sale\nfor sale\n");
     let before = machine.sh(USERS_VIEW).ok();
     assert!(
