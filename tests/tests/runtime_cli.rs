@@ -140,7 +140,7 @@ fn features_hooks_are_run_in_the_order_of_the_specification() {
     let machine = Machine::start();
     let claims = features(&machine);
     let bundle = machine.bundle("b", &["/bin/true"]);
-    let order = bundle.dir.join("order");
+    let order = machine.path("order");
     fs::write(&order, "").unwrap();
     // createContainer runs as the container's root, which has no rights on the host.
     fs::set_permissions(&order, fs::Permissions::from_mode(0o666)).unwrap();
