@@ -6,6 +6,7 @@
 #   make images           sysbox/debian:SUITE (bookworm, trixie, sid) and sysbox/busybox in that engine
 #   make build check test bench
 #   make test-vm VM=path/to/vm [KERNEL=bookworm|trixie|sid]
+#   make test-bare        what README.md says, in a Debian 12 that was just made and has nothing
 #
 # BED=name has any of them work on another bed beside the first.
 
@@ -13,7 +14,7 @@ BED ?= dev
 SUITE ?= bookworm
 export BED SUITE
 
-.PHONY: help demo up env images down build check test bench test-vm
+.PHONY: help demo up env images down build check test bench test-vm test-bare
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -23,6 +24,9 @@ demo up down env test-vm:
 
 images:
 	@tests/bed/image.sh $(SUITE)
+
+test-bare:
+	@tests/bed/bare.sh $(TARGETS)
 
 build:
 	@tests/bed/packages.sh build

@@ -151,13 +151,21 @@ fn keep(path: &Path, key: &[u8], filter: &Filter) -> std::io::Result<()> {
     std::fs::rename(&new, path)
 }
 
+/// As the specification writes it.
+fn name_of<T: serde::Serialize + std::fmt::Debug>(value: &T) -> String {
+    serde_json::to_value(value)
+        .ok()
+        .and_then(|name| name.as_str().map(str::to_owned))
+        .unwrap_or_else(|| format!("{value:?}"))
+}
+
 fn flags(profile: &LinuxSeccomp) -> Result<u32> {
     profile.flags().iter().flatten().try_fold(0, |bits, flag| match flag {
         LinuxSeccompFilterFlag::SeccompFilterFlagLog => Ok(bits | FLAG_LOG),
         LinuxSeccompFilterFlag::SeccompFilterFlagSpecAllow => Ok(bits | FLAG_SPEC_ALLOW),
         // For threads that do not exist yet when the filter is loaded: nothing to synchronise.
         LinuxSeccompFilterFlag::SeccompFilterFlagTsync => Ok(bits),
-        other => Err(FilterError::Flag(format!("{other:?}"))),
+        other => Err(FilterError::Flag(name_of(other))),
     })
 }
 
@@ -171,7 +179,7 @@ fn action(action: LinuxSeccompAction, errno: Option<u32>) -> Result<ScmpAction> 
         LinuxSeccompAction::ScmpActLog => ScmpAction::Log,
         LinuxSeccompAction::ScmpActTrap => ScmpAction::Trap,
         LinuxSeccompAction::ScmpActTrace => ScmpAction::Trace(u16::try_from(errno).unwrap_or_default()),
-        other => return Err(FilterError::Action(format!("{other:?}"))),
+        other => return Err(FilterError::Action(name_of(&other))),
     })
 }
 
@@ -404,6 +412,6 @@ mod tests {
     fn notify_is_refused_by_name_until_it_is_built() {
         let profile = json!({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": ["mkdir"], "action": "SCMP_ACT_NOTIFY"}]});
         let error = compile(&serde_json::from_value(profile).unwrap()).unwrap_err();
-        assert_eq!(error.to_string(), "/linux/seccomp: action `ScmpActNotify` is not supported");
+        assert_eq!(error.to_string(), "/linux/seccomp: action `SCMP_ACT_NOTIFY` is not supported");
     }
 }

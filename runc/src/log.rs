@@ -1,13 +1,15 @@
 //! Errors and warnings for people and for engines: a line on standard error, and a record in the file that `--log` names.
-//! Engines read the last record of level `error` to tell their user why a container did not start.
+//! Engines read the last record of level `error` to tell their user why a container did not start. With `--debug` the file
+//! tells what was done on the way as well, in the same form; without a file that goes to standard error.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 
-use tracing::Level;
+use serde_json::{Map, Value};
+use tracing::field::{Field, Visit};
 use tracing_subscriber::Layer;
 use tracing_subscriber::filter::LevelFilter;
-use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::layer::{Context, SubscriberExt};
 
 use crate::cli::{Global, LogFormat};
 use crate::sink::Events;
@@ -20,7 +22,7 @@ pub struct Log {
 }
 
 impl Log {
-    /// Opens the file and sets up tracing: debug events to standard error if asked for, error events to the sink always.
+    /// Opens the file and sets up tracing: error events to the sink always, all events to the log if asked for.
     ///
     /// # Errors
     /// The file not being writable.
@@ -31,12 +33,10 @@ impl Log {
             .map(|path| OpenOptions::new().create(true).append(true).open(path))
             .transpose()?;
         let level = if global.debug { LevelFilter::DEBUG } else { LevelFilter::OFF };
-        let shown = tracing_subscriber::fmt::layer()
-            .with_writer(std::io::stderr)
-            .with_target(false)
-            .with_filter(level);
-        let subscriber =
-            tracing_subscriber::registry().with(Events.with_filter(LevelFilter::ERROR)).with(shown);
+        let told = Told { file: file.as_ref().map(File::try_clone).transpose()?, format: global.log_format };
+        let subscriber = tracing_subscriber::registry()
+            .with(Events.with_filter(LevelFilter::ERROR))
+            .with(told.with_filter(level));
         tracing::subscriber::set_global_default(subscriber).map_err(std::io::Error::other)?;
         Ok(Self { file, format: global.log_format })
     }
@@ -45,32 +45,101 @@ impl Log {
         if self.file.is_none() {
             eprintln!("sysbox-runc: warning: {message}");
         }
-        self.record(Level::WARN, message);
+        self.record("warning", message);
     }
 
     pub fn error(&self, message: &str) {
         eprintln!("{message}");
-        self.record(Level::ERROR, message);
+        self.record("error", message);
     }
 
-    fn record(&self, level: Level, message: &str) {
+    fn record(&self, level: &str, message: &str) {
         let Some(mut file) = self.file.as_ref() else { return };
-        let time = now();
-        let level = match level {
-            Level::ERROR => "error",
-            Level::WARN => "warning",
-            _ => "info",
-        };
-        let line = match self.format {
-            LogFormat::Json => serde_json::json!({"level": level, "msg": message, "time": time}).to_string(),
-            LogFormat::Text => format!("time=\"{time}\" level={level} msg={message:?}"),
-        };
         // The same words went to standard error; there is nobody left to tell that the log is full.
-        let _full = writeln!(file, "{line}");
+        let _full = file.write_all(line(self.format, level, message, &Map::new()).as_bytes());
+    }
+}
+
+/// A record as logrus, runc's logger, writes it. One write each: children of ours write to the same file.
+fn line(format: LogFormat, level: &str, message: &str, fields: &Map<String, Value>) -> String {
+    let time = now();
+    match format {
+        LogFormat::Json => {
+            let mut record = serde_json::json!({"level": level, "msg": message, "time": time});
+            for (name, value) in fields {
+                record[name] = value.clone();
+            }
+            format!("{record}\n")
+        }
+        LogFormat::Text => {
+            let fields: String = fields.iter().map(|(name, value)| format!(" {name}={value}")).collect();
+            format!("time=\"{time}\" level={level} msg={message:?}{fields}\n")
+        }
+    }
+}
+
+/// Events of ours and of libcontainer, in the log.
+#[derive(Debug)]
+struct Told {
+    file: Option<File>,
+    format: LogFormat,
+}
+
+impl<S: tracing::Subscriber> Layer<S> for Told {
+    fn on_event(&self, event: &tracing::Event<'_>, _: Context<'_, S>) {
+        let mut words = Words::default();
+        event.record(&mut words);
+        // Whatever an event thinks of itself: engines take the last `error` for the outcome, and that is `Log::error`'s.
+        let line = line(self.format, "debug", &words.message, &words.fields);
+        let _full = match self.file.as_ref() {
+            Some(mut file) => file.write_all(line.as_bytes()),
+            None => std::io::stderr().write_all(line.as_bytes()),
+        };
+    }
+}
+
+#[derive(Default)]
+struct Words {
+    message: String,
+    fields: Map<String, Value>,
+}
+
+impl Visit for Words {
+    fn record_debug(&mut self, field: &Field, value: &dyn std::fmt::Debug) {
+        match field.name() {
+            "message" => self.message = format!("{value:?}"),
+            // What came through the `log` crate carries where it came from.
+            name if name.starts_with("log.") => {}
+            // Logrus renames a field that has the name of one of its own.
+            name @ ("level" | "msg" | "time") => {
+                self.fields.insert(format!("fields.{name}"), format!("{value:?}").into());
+            }
+            name => {
+                self.fields.insert(name.to_owned(), format!("{value:?}").into());
+            }
+        }
     }
 }
 
 /// RFC 3339, UTC.
 pub fn now() -> String {
     chrono::Utc::now().to_rfc3339_opts(chrono::SecondsFormat::Nanos, true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_has_the_form_that_engines_read() {
+        let fields = Map::from_iter([("path".to_owned(), "/a \"b\"".into())]);
+        let json: Value =
+            serde_json::from_str(&line(LogFormat::Json, "debug", "two\nlines", &fields)).unwrap();
+        assert_eq!((&json["level"], &json["msg"]), (&"debug".into(), &"two\nlines".into()));
+        assert_eq!(json["path"], "/a \"b\"");
+        let text = line(LogFormat::Text, "error", "two\nlines", &fields);
+        let (time, rest) = text.split_once(' ').unwrap();
+        assert!(time.starts_with("time=\"20") && time.ends_with("Z\""), "{text}");
+        assert_eq!(rest, "level=error msg=\"two\\nlines\" path=\"/a \\\"b\\\"\"\n");
+    }
 }

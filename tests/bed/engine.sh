@@ -7,6 +7,8 @@ engine_cgroup() {
     if [ -d /run/systemd/system ] && [ "$(cgroup2_mount)" = /sys/fs/cgroup ]; then echo "systemd $BED_CGROUP.slice"; else echo "cgroupfs /$BED_CGROUP"; fi
 }
 
+# live-restore, since a dockerd with address pools of its own and without it deletes `docker0` when it finds data of an
+# earlier run (initNetworkController, moby 1.13 and later): the network of a Docker that the user has.
 engine_config() { # the daemon.json, on stdout
     local driver parent prefix runtimes=
     read -r driver parent < <(engine_cgroup)
@@ -22,6 +24,7 @@ engine_config() { # the daemon.json, on stdout
   "exec-opts": ["native.cgroupdriver=$driver"],
   "cgroup-parent": "$parent",
   "bridge": "$ENGINE_BRIDGE",
+  "live-restore": true,
   "default-address-pools": [{"base": "$prefix.128.0/17", "size": 24}],
   "iptables": false,
   "ip6tables": false,

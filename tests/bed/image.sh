@@ -4,6 +4,7 @@
 # /var/cache/sysbox/images and made again only if missing or if RECIPE was raised.
 # `image.sh --cache-only SUITE` needs no engine; it prints the two files (`docker load` reads them).
 . "$(dirname "$0")/lib.sh"
+. "$BED_DIR/mirror.sh"
 
 RECIPE=2  # raise it with every change that concerns what is in the images
 PACKAGES="systemd,systemd-sysv,dbus,docker.io,containerd,runc,iptables,iproute2,iputils-ping,procps,kmod,python3-minimal,busybox-static"
@@ -20,17 +21,6 @@ need_root images SUITE="$SUITE"
 
 debian_tar=$IMAGE_CACHE/debian-$SUITE-$RECIPE.tar.gz
 busybox_tar=$IMAGE_CACHE/busybox-$RECIPE.tar.gz
-
-# The Debian mirror of this machine's own apt. (A file list or a cdrom is no mirror for another suite.)
-debian_mirror() {
-    apt-get indextargets --format '$(LABEL) $(REPO_URI)' 'Created-By: Packages' |
-        awk '$1 == "Debian" && $2 ~ /^(https?|file|mirror)/ {print $2; exit}'
-}
-
-# How this machine reaches its mirror (a proxy, a mirror with old dates) must hold in the new root too.
-apt_options() {
-    apt-config dump | sed -nE 's/^(Acquire::(https?::|ftp::)?(Proxy|Check-Valid-Until|Check-Date)[^ ]*) "(.+)";$/--aptopt=\1 "\4"/p'
-}
 
 # What is done in the new root tree, $1, from outside. The busybox tree is for the engine *inside*, which has no
 # registry either: `docker import /usr/share/sysbox/busybox.tar`.
@@ -57,8 +47,6 @@ rm -rf "$box"'
 build_debian() { # TAR: the plain root file system
     local mirror
     mirror=$(debian_mirror)
-    [ -n "$mirror" ] || { apt-get -qq update || true; mirror=$(debian_mirror); }
-    [ -n "$mirror" ] || die "apt on this machine knows no Debian mirror" "see apt-get indextargets"
     case $mirror in https*) PACKAGES=$PACKAGES,ca-certificates ;; esac
     say "building Debian $SUITE with Docker from this machine's mirror (a minute or two)"
     local options=()

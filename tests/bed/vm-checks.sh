@@ -3,7 +3,8 @@
 # emulated machine, in the bed's environment. Every claim is looked at in a container that runs.
 . "$(dirname "$0")/lib.sh"
 name=vm-checks-$$
-trap 'bed_docker rm -fv $name >/dev/null 2>&1' EXIT
+image=sysbox/debian:${SUITE:-bookworm}
+trap 'bed_docker rm -fv $name $name-boot >/dev/null 2>&1' EXIT
 failed=0
 claim() { # TEXT COMMAND...: holds if COMMAND succeeds
     local text=$1
@@ -12,7 +13,7 @@ claim() { # TEXT COMMAND...: holds if COMMAND succeeds
 }
 inside() { bed_docker exec $name "$@"; }
 
-bed_docker run -d --runtime=sysbox-runc --name $name --memory 256m --pids-limit 500 sysbox/debian:bookworm sleep infinity >/dev/null
+bed_docker run -d --runtime=sysbox-runc --name $name --memory 256m --pids-limit 500 "$image" sleep infinity >/dev/null
 pid=$(bed_docker inspect -f '{{.State.Pid}}' $name)
 scope=/sys/fs/cgroup$(sed -n 's/^0:://p' "/proc/$pid/cgroup")  # .../docker-ID.scope/syscont/init.scope
 delegated=${scope%/*} parent=${scope%/*/*}
@@ -30,6 +31,13 @@ claim "an exec is in init's cgroup" [ "$(inside cat /proc/self/cgroup)" = "$(ins
 claim "meminfo shows the limit" [ "$(inside awk '/MemTotal/{print $2}' /proc/meminfo)" = 262144 ]
 claim "AppArmor is on, and the engine's default profile is not applied" \
     [ "$(cat /sys/module/apparmor/parameters/enabled) $(inside cat /proc/1/attr/current | tr -d '\0')" = "Y unconfined" ]
+is_under_named_profile() {
+    local rules="file, capability, network, mount, umount, pivot_root, signal, ptrace, unix, deny /etc/group r,"
+    echo "profile sysbox-check flags=(attach_disconnected,mediate_deleted) { $rules }" | apparmor_parser -qr || return 1
+    [ "$(bed_docker run --rm --runtime=sysbox-runc --security-opt apparmor=sysbox-check sysbox/busybox \
+        sh -c 'cat /proc/self/attr/current; cat /etc/group 2>/dev/null || echo denied' | tr -d '\0')" = $'sysbox-check (enforce)\ndenied' ]
+}
+claim "a profile that is named is applied" is_under_named_profile
 refused_profile() { # docker fails, as it must, and says why
     local said
     said=$(bed_docker run --rm --runtime=sysbox-runc --security-opt apparmor=no-such-profile sysbox/busybox true 2>&1) && return 1
@@ -41,4 +49,14 @@ claim "hard limits are raised" is_raised
 bed_docker rm -fv $name >/dev/null
 gone() { [ ! -e "$parent" ]; }
 claim "the cgroups are gone with the container" gone
+bed_docker run -d --runtime=sysbox-runc --name $name-boot "$image" >/dev/null
+has_booted() {
+    state=$(bed_docker exec $name-boot systemctl is-system-running 2>&1) || true
+    [ "$state" = running ] || [ "$state" = degraded ]
+}
+boots() { wait_until 60 has_booted && [ "$state" = running ] || { say "$state: $(bed_docker exec $name-boot systemctl --failed --no-legend 2>&1)"; return 1; }; }
+claim "the image boots: systemd reaches \`running\`, with Docker" boots
+halts() { bed_docker stop -t 600 $name-boot >/dev/null && [ "$(bed_docker inspect -f '{{.State.ExitCode}}' $name-boot)" = 130 ]; }
+claim "and stops by itself" halts
+bed_docker rm -fv $name-boot >/dev/null
 exit $failed

@@ -387,7 +387,9 @@ fn the_house_is_complete() {
     }
     let (makefile, ci) = (file("Makefile"), file(".ci/run"));
     let targets = targets(&makefile);
-    for target in ["demo", "up", "env", "images", "down", "build", "check", "test", "bench", "test-vm"] {
+    for target in
+        ["demo", "up", "env", "images", "down", "build", "check", "test", "bench", "test-vm", "test-bare"]
+    {
         if !targets.contains(target) {
             faults.push(format!("Makefile: no target {target}"));
         }

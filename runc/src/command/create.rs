@@ -54,6 +54,7 @@ fn attempt<'a>(call: &Call<'_>, args: &CreateArgs, home: &'a Home, undo: &mut Un
     let bundle = bundle::read(&args.bundle)?;
     let survey = survey::look(&bundle)?;
     let own_map = plan::own_map(&bundle.spec)?;
+    tracing::debug!(bundle = %bundle.dir.display(), rootfs = %bundle.rootfs.display(), "the bundle is read");
     let given = Given::open(&bundle.spec)?;
     let register = register(home, &bundle, &survey, own_map, &given)?;
     begin_grace_period();
@@ -65,6 +66,7 @@ fn attempt<'a>(call: &Call<'_>, args: &CreateArgs, home: &'a Home, undo: &mut Un
     let grant = mgr.register(register)?;
     let released = Rc::clone(&mgr);
     undo.push(move || told(released.release(&home.key)));
+    tracing::debug!(root_uid = grant.id_map.root_uid(), slot = grant.slot, "ids are granted");
     let prepared = fs.prepare(&home.key, &grant)?;
     let unregistered = Rc::clone(&fs);
     undo.push(move || told(unregistered.unregister(&home.key)));
@@ -83,6 +85,7 @@ fn attempt<'a>(call: &Call<'_>, args: &CreateArgs, home: &'a Home, undo: &mut Un
     let mut state = state_of(home, &bundle, &grant, cgroup)?;
     // From here on a `delete --force` after our death finds what to take away.
     home.save(&state)?;
+    tracing::debug!(cgroup = ?state.cgroup, filtered = filter.is_some(), "planned");
 
     apply::enter_private_namespace()?;
     let (spec, _partner) = given.join(plan.spec.clone(), &grant)?;
@@ -90,6 +93,7 @@ fn attempt<'a>(call: &Call<'_>, args: &CreateArgs, home: &'a Home, undo: &mut Un
     for warning in &staged.warnings {
         call.log.warn(warning);
     }
+    tracing::debug!("root file system and mounts are staged");
     let launched = launch(call, args, home, &bundle, &plan, filter, &grant, &mut state, spec);
     let init = match launched {
         Ok(init) => init,
@@ -127,6 +131,7 @@ fn finish(
     fs.register(&home.key, init)?;
     state.init = Some(init);
     home.save(state)?;
+    tracing::debug!(pid = init.pid, "init waits for the start");
     if let Some(path) = &args.pid_file {
         write_pid_file(path, init.pid)?;
     }

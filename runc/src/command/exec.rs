@@ -77,6 +77,7 @@ pub fn exec(call: &Call<'_>, args: &ExecArgs) -> Result<i32> {
         let asked = process.rlimits().as_deref().unwrap_or_default();
         limits::apply(made.pid, asked, raise).map_err(|e| step("set limits")(&e))
     })?;
+    tracing::debug!(pid = started.pid, "the program runs");
     if let Some(path) = &args.pid_file {
         write_pid_file(path, started.pid)?;
     }

@@ -27,6 +27,7 @@ pub fn start_created(call: &Call<'_>, home: &Home, state: &State) -> Result<()> 
         Status::Creating => bail!("cannot start a container in the creating state"),
     }
     launch::start(&home.dir)?;
+    tracing::debug!(id = home.key.id.as_str(), "started");
     if let Err(error) = launch::run_hooks(home, state, launch::HookTime::PostStart) {
         // The specification: a failing poststart hook is told, and the container goes on.
         call.log.warn(&error.to_string());

@@ -55,6 +55,10 @@ pub enum PlanError {
     NoSource { at: usize, source_path: PathBuf },
     #[error("/mounts/{at}: {} cannot be mounted because it is inside /proc", destination.display())]
     InsideProc { at: usize, destination: PathBuf },
+    #[error(
+        "/mounts/{at}: uidMappings and gidMappings of a mount can only be those of the container; hint: leave them out"
+    )]
+    MountMap { at: usize },
     #[error("/linux/sysctl: `{key}` is not namespaced: it would change the host")]
     Sysctl { key: String },
     #[error("/process/user: {kind} {id} is not mapped in the container (0 to {last})")]
@@ -120,19 +124,17 @@ pub struct LayerRoot {
 /// A map that breaks a rule of [`IdMap`].
 pub fn own_map(spec: &Spec) -> Result<Option<IdMap>, PlanError> {
     let Some(linux) = spec.linux() else { return Ok(None) };
-    let lines = |mappings: &Option<Vec<LinuxIdMapping>>| -> Vec<IdMapLine> {
-        let line = |m: &LinuxIdMapping| IdMapLine {
-            inside: m.container_id(),
-            outside: m.host_id(),
-            count: m.size(),
-        };
-        merge(mappings.iter().flatten().map(line).collect())
-    };
     let (uids, gids) = (lines(linux.uid_mappings()), lines(linux.gid_mappings()));
     if uids.is_empty() && gids.is_empty() {
         return Ok(None);
     }
     Ok(Some(IdMap::new(uids, gids)?))
+}
+
+fn lines(mappings: &Option<Vec<LinuxIdMapping>>) -> Vec<IdMapLine> {
+    let line =
+        |m: &LinuxIdMapping| IdMapLine { inside: m.container_id(), outside: m.host_id(), count: m.size() };
+    merge(mappings.iter().flatten().map(line).collect())
 }
 
 /// Joins lines that continue each other: fewer lines, and the kernel takes at most 340.

@@ -12,7 +12,7 @@ use sysbox_ipc::IdMap;
 use sysbox_ipc::fs::Prepared;
 use sysbox_ipc::mgr::DATA_ROOTS;
 
-use super::{LayerRoot, PlanError, Root, Stage};
+use super::{LayerRoot, PlanError, Root, Stage, lines};
 use crate::bundle::Bundle;
 use crate::survey::{Ground, OVERLAY_MAGIC, Source, Survey, is_bind, source_path};
 
@@ -252,6 +252,11 @@ fn receives(asked: &Mount) -> Receives {
     if asked.options().iter().flatten().any(slave) { Receives::HostMounts } else { Receives::Nothing }
 }
 
+/// A mount that brings mappings of its own asks for a shift as the option `idmap` does.
+fn has_map(asked: &Mount) -> bool {
+    asked.uid_mappings().is_some() || asked.gid_mappings().is_some()
+}
+
 struct Planner<'a> {
     bundle: &'a Bundle,
     survey: &'a Survey,
@@ -299,6 +304,10 @@ impl Planner<'_> {
         let inside_proc = destination.starts_with("/proc");
         if inside_proc && !PROC_FILES.iter().any(|file| Path::new(file) == destination) {
             return Err(PlanError::InsideProc { at, destination });
+        }
+        let own = (lines(asked.uid_mappings()), lines(asked.gid_mappings()));
+        if has_map(asked) && (own.0 != self.map.uids() || own.1 != self.map.gids()) {
+            return Err(PlanError::MountMap { at });
         }
         let path = source_path(asked, &self.bundle.dir);
         let Some(source) = self.survey.sources.get(&path).cloned() else {
@@ -349,7 +358,8 @@ impl Planner<'_> {
     }
 
     fn shift_of(&self, asked: &Mount, source: &Source) -> Shift {
-        let wants = asked.options().iter().flatten().any(|option| option == "idmap" || option == "ridmap");
+        let idmap = |option: &String| option == "idmap" || option == "ridmap";
+        let wants = has_map(asked) || asked.options().iter().flatten().any(idmap);
         let owned = self.map.owns_host_uid(source.uid);
         if wants {
             Shift::Must

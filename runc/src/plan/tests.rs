@@ -197,6 +197,18 @@ fn faults_name_the_mount() {
 }
 
 #[test]
+fn a_mount_is_shifted_by_the_containers_map_and_no_other() {
+    let with = |host: u32| {
+        let mut mount = bind("/x", "/h/a", &["bind"]);
+        let line = json!([{"containerID": 0, "hostID": host, "size": 65536}]);
+        (mount["uidMappings"], mount["gidMappings"]) = (line.clone(), line);
+        planned(spec(json!([mount]), json!({})))
+    };
+    assert_eq!(with(300_000).unwrap().binds[0].shift, Shift::Must);
+    assert!(with(400_000).unwrap_err().to_string().starts_with("/mounts/0: uidMappings and gidMappings"));
+}
+
+#[test]
 fn sysctls_that_reach_the_host_are_refused() {
     let with = |key: &str, value: &str| planned(spec(json!([]), json!({"sysctl": {key: value}})));
     assert_eq!(
