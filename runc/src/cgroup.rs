@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use sysbox_sys::process::Held;
 
 use crate::cpuset;
+use crate::mirror;
 
 /// The delegated child. On the unified hierarchy init lives one deeper, since a cgroup that hands out controllers holds no
 /// processes.
@@ -168,6 +169,11 @@ pub fn begin_grace_period() {
 }
 
 impl Hierarchy {
+    /// Whether it is one of version 1 with this controller.
+    pub fn has(&self, controller: &str) -> bool {
+        self.name.split(',').any(|name| name == controller)
+    }
+
     fn is_foreign_to_libcontainer(&self) -> bool {
         self.kind == Kind::Hybrid || self.name.starts_with("name=")
     }
@@ -237,7 +243,7 @@ impl Cgroup {
         for hierarchy in &others {
             make_step(hierarchy, &hierarchy.mount.join(&self.parent), Path::new(DELEGATED))?;
         }
-        Ok(())
+        mirror::copy(self, DELEGATED)
     }
 
     /// Gives the child to the container's root, and on the unified hierarchy moves init to a leaf below it.
@@ -314,7 +320,7 @@ impl Cgroup {
         let mut resources = resources.clone();
         resources.set_devices(None);
         if let Some(mut cpu) = resources.cpu().clone()
-            && let Some(hierarchy) = self.hierarchies.iter().find(|h| has_controller(h, "cpuset"))
+            && let Some(hierarchy) = self.hierarchies.iter().find(|h| h.has("cpuset"))
         {
             let parent = hierarchy.mount.join(&self.parent);
             for (file, wanted) in [("cpuset.cpus", cpu.cpus()), ("cpuset.mems", cpu.mems())] {
@@ -329,7 +335,9 @@ impl Cgroup {
             Some(scope) => self.manager(scope, id, true),
             None => self.manager(&Path::new("/").join(&self.parent), id, false),
         };
-        apply(&manager?, &resources)
+        mirror::let_go(self, DELEGATED)?;
+        let applied = apply(&manager?, &resources);
+        mirror::copy(self, DELEGATED).and(applied)
     }
 
     /// Every process of the container: all are born in its anchors, which no process can leave. Where there are none (a
@@ -470,16 +478,12 @@ fn make_path(hierarchy: &Hierarchy, path: &Path) -> Result<()> {
 fn make_step(hierarchy: &Hierarchy, parent: &Path, name: &Path) -> Result<()> {
     let path = parent.join(name);
     create_dir(&path)?;
-    if has_controller(hierarchy, "cpuset") {
+    if hierarchy.has("cpuset") {
         for file in ["cpuset.cpus", "cpuset.mems"] {
             cpuset::inherit(&parent.join(file), &path.join(file))?;
         }
     }
     Ok(())
-}
-
-fn has_controller(hierarchy: &Hierarchy, controller: &str) -> bool {
-    hierarchy.name.split(',').any(|name| name == controller)
 }
 
 /// Hands out every controller that a cgroup has. One that cannot be handed out (`cpu` with real-time processes about) is

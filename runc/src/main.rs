@@ -14,6 +14,7 @@ mod init;
 mod launch;
 mod limits;
 mod log;
+mod mirror;
 mod overlay;
 mod plan;
 mod preload;

@@ -113,6 +113,17 @@ fn limits_are_changed_by_flag_and_by_document() {
     machine.runc(&["update", "--memory", "48m", "--memory-swap", "48m", "c"]).ok();
     assert_eq!(memory(), (48 << 20).to_string());
     assert_eq!(limit("pids", "pids.max", "pids.max"), "77", "what is not given stays");
+    machine.runc(&["update", "--cpu-period", "100000", "--cpu-quota", "150000", "c"]).ok();
+    machine.runc(&["update", "--cpu-quota", "50000", "c"]).ok();
+
+    // Programs inside size themselves by what they find at the top of their own hierarchies.
+    let own = running.exec(
+        "cd /sys/fs/cgroup; [ -d memory ] && cat memory/memory.limit_in_bytes pids/pids.max cpu/cpu.cfs_quota_us \
+         || cat memory.max pids.max cpu.max",
+    );
+    let own = own.ok();
+    let own: Vec<&str> = own.lines().map(|line| line.split(' ').next().unwrap()).collect();
+    assert_eq!(own, [(48 << 20).to_string().as_str(), "77", "50000"]);
 
     let document = r#"{"memory": {"limit": 100663296, "swap": 100663296}, "cpu": {"shares": 512}}"#;
     let mut child = machine.command();

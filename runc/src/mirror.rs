@@ -1,0 +1,73 @@
+//! The parent's limits written on the delegated child as well. They bind nobody twice: the child is all that the parent
+//! has. But the child is where the container's view of cgroups begins (a JVM or a Go program sizes itself by what it
+//! reads there), and where an engine looks for a container's figures (it goes by init's cgroup).
+
+use std::fs;
+use std::io::ErrorKind;
+use std::path::Path;
+
+use crate::cgroup::{Cgroup, CgroupError, Hierarchy, Kind, io};
+
+type Result<T> = std::result::Result<T, CgroupError>;
+
+/// Limits that are a file with one line, by controller of version 1, in an order in which they may be raised.
+const V1: &[(&str, &[&str])] = &[
+    ("memory", &["memory.memsw.limit_in_bytes", "memory.limit_in_bytes"]),
+    ("cpu", &["cpu.cfs_period_us", "cpu.cfs_quota_us"]),
+    ("pids", &["pids.max"]),
+];
+const V2: &[&str] = &["memory.max", "memory.swap.max", "cpu.max", "pids.max"];
+
+/// Lets the child go before the parent's limits change: by version 1 its share of the processor may not be above its
+/// parent's, not even for the moment.
+///
+/// # Errors
+/// What the kernel says.
+pub fn let_go(cgroup: &Cgroup, child: &str) -> Result<()> {
+    let cpu = cgroup.hierarchies.iter().filter(|h| h.has("cpu"));
+    cpu.map(|h| write_if_there(&h.mount.join(&cgroup.parent).join(child), "cpu.cfs_quota_us", "-1"))
+        .fold(Ok(()), Result::and)
+}
+
+/// Copies what limits the parent has.
+///
+/// # Errors
+/// What the kernel says; all are tried.
+pub fn copy(cgroup: &Cgroup, child: &str) -> Result<()> {
+    let mut copied = Ok(());
+    for hierarchy in &cgroup.hierarchies {
+        let parent = hierarchy.mount.join(&cgroup.parent);
+        for files in limits_of(hierarchy) {
+            copied = copied.and(copy_files(files, &parent, &parent.join(child)));
+        }
+    }
+    copied
+}
+
+fn limits_of(hierarchy: &Hierarchy) -> Vec<&'static [&'static str]> {
+    match hierarchy.kind {
+        Kind::Unified => vec![V2],
+        Kind::Hybrid => Vec::new(),
+        Kind::V1 => V1.iter().filter(|(name, _)| hierarchy.has(name)).map(|(_, files)| *files).collect(),
+    }
+}
+
+fn copy_files(files: &[&str], parent: &Path, child: &Path) -> Result<()> {
+    let read = |dir: &Path, file: &str| fs::read_to_string(dir.join(file)).ok();
+    let write = |file: &&str| match (read(parent, file), read(child, file)) {
+        (Some(wanted), Some(has)) if wanted != has => write_if_there(child, file, wanted.trim()),
+        _ => Ok(()),
+    };
+    // What is lowered goes the other way round than what is raised: the second round does what the first was too early for.
+    let _early: Vec<Result<()>> = files.iter().map(write).collect();
+    files.iter().map(write).fold(Ok(()), Result::and)
+}
+
+/// Which files there are depends on controllers and kernel.
+fn write_if_there(dir: &Path, file: &str, value: &str) -> Result<()> {
+    let path = dir.join(file);
+    match fs::write(&path, value) {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        other => other.map_err(io(&path, "write")),
+    }
+}
