@@ -49,6 +49,9 @@ const RARELY: Duration = Duration::from_secs(8);
 const SELDOM: Duration = Duration::from_secs(64);
 /// How many containers are looked at in one turn.
 const LOOKS: usize = 4;
+/// How long the overlay of a container that has ended is kept. Its last holder pays for the kernel's sync of the whole file
+/// system beneath (ovl_sync_fs), while the engine does its own on the way to the end of `docker run`.
+const LINGER: Duration = Duration::from_secs(3);
 /// How long a stop waits for the thread.
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -105,6 +108,7 @@ impl Coherence {
             sides: BTreeMap::new(),
             events: 0,
             turn: Turn { last: None, next_at: Instant::now() + TURN },
+            ended: Vec::new(),
         };
         let thread = std::thread::Builder::new()
             .name("coherence".into())
@@ -167,6 +171,8 @@ struct Worker {
     sides: BTreeMap<ContainerKey, Side>,
     events: u64,
     turn: Turn,
+    /// Overlays of containers that have ended, and when they may go.
+    ended: Vec<(Instant, OwnedFd)>,
 }
 
 /// Whose engine side was flushed last, and when the next one's is due.
@@ -312,6 +318,7 @@ impl Worker {
                     side.flush_due();
                 }
             }
+            self.ended.retain(|(at, _)| *at > now);
             if self.turn.next_at <= now {
                 self.flush_next();
                 self.look_next(now);
@@ -343,8 +350,9 @@ impl Worker {
 
     fn wait(&self) {
         let turn = (!self.sides.is_empty()).then_some(self.turn.next_at);
-        let next =
-            self.sides.values().filter_map(|side| side.due.as_ref().map(|due| due.at)).chain(turn).min();
+        let gone = self.ended.iter().map(|(at, _)| *at);
+        let due = self.sides.values().filter_map(|side| side.due.as_ref().map(|due| due.at));
+        let next = due.chain(turn).chain(gone).min();
         let limit = next.map_or(PollTimeout::NONE, |at| {
             let left = at.saturating_duration_since(Instant::now()).as_millis() + 1;
             PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
@@ -413,6 +421,8 @@ impl Worker {
         let unmarked = mark(&self.fanotify, MarkFlags::FAN_MARK_REMOVE, merged);
         let recovered = Upper::open(upper).and_then(|upper| upper.recover());
         debug!(container = %key, ?unmarked, ?recovered, "no longer watched");
+        let (at, overlay) = (Instant::now() + LINGER, side.pair.into_container());
+        self.ended.push((at, overlay));
     }
 
     /// Reads all events, so that none keeps a mount of the engine's busy, and settles what they name.

@@ -169,6 +169,15 @@ impl Pair {
         flush(self.engine()?.as_fd())
     }
 
+    /// The root of the container's overlay, which remembers no file any more: one that is deleted meanwhile is gone, with
+    /// what it takes on the disk.
+    pub fn into_container(self) -> OwnedFd {
+        if let Err(error) = flush(self.container.as_fd()) {
+            debug!(%error, "flush of a container that has ended");
+        }
+        self.container
+    }
+
     /// Whether something is aside, and [`Pair::flush`] to be called.
     pub fn has_left(&self) -> bool {
         self.has_left.get()
