@@ -191,6 +191,7 @@ struct Side {
     due: Option<Due>,
     listings: Listings,
     next_look: NextLook,
+    since: Instant,
 }
 
 /// When the directories in use are looked at again.
@@ -235,7 +236,8 @@ impl Side {
     fn flush_due(&mut self) {
         let is_quiet = self.due.as_ref().is_some_and(|due| due.at < due.at_the_latest);
         self.flush();
-        if is_quiet {
+        // Many containers end within their first second: they are spared the look.
+        if is_quiet && self.since.elapsed() > SOON {
             self.look();
             self.next_look = NextLook { blind: self.next_look.blind, ..NextLook::soon() };
         }
@@ -405,7 +407,8 @@ impl Worker {
         };
         let (key, is_found_running) = (key.clone(), *is_found_running);
         let (listings, next_look) = (Listings::default(), NextLook::soon());
-        let mut side = Side { target, pair, engine_device, due: None, listings, next_look };
+        let since = Instant::now();
+        let mut side = Side { target, pair, engine_device, due: None, listings, next_look, since };
         if is_found_running {
             side.flush();
             side.settle(None);
