@@ -66,6 +66,13 @@ impl Freezer {
     /// # Errors
     /// `Busy`, with everything going on again; or what the kernel says.
     pub fn freeze(&self) -> Result<()> {
+        self.stop_all().inspect_err(|_| {
+            // The failure that matters is the first.
+            let _thawed = self.set(false);
+        })
+    }
+
+    fn stop_all(&self) -> Result<()> {
         let deadline = Instant::now() + LIMIT;
         loop {
             // Version 1 may stay FREEZING while processes are born: writing it again catches those (runc does so as well).
@@ -74,7 +81,6 @@ impl Freezer {
                 return Ok(());
             }
             if Instant::now() > deadline {
-                self.set(false)?;
                 return Err(FreezerError::Busy { path: self.dir.clone() });
             }
             std::thread::sleep(Duration::from_millis(1));

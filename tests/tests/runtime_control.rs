@@ -91,6 +91,23 @@ fn a_container_that_froze_itself_can_be_deleted() {
 }
 
 #[test]
+fn an_init_that_froze_itself_can_be_killed() {
+    let machine = Machine::start();
+    // Where version 1 has no freezer there is nothing that keeps the killed alive: then it only waits.
+    let script = "d=/sys/fs/cgroup/freezer; [ -d $d ] || exec sleep 1000; mkdir $d/own; echo 1 >$d/own/cgroup.procs; \
+                  touch /there; echo FROZEN >$d/own/freezer.state; exec sleep 1000";
+    let bundle = machine.bundle("b", &["/bin/sh", "-c", script]);
+    let _running = machine.run_detached(&bundle, "c");
+    let freezers = limits(&machine, "c", "freezer");
+    if freezers.join("freezer.state").exists() {
+        let own = freezers.join("syscont/own/freezer.state");
+        eventually("it is frozen", || fs::read_to_string(&own).is_ok_and(|state| state.trim() == "FROZEN"));
+    }
+    machine.runc(&["kill", "c", "KILL"]).ok();
+    eventually("it ends", || status(&machine, "c") == "stopped");
+}
+
+#[test]
 fn limits_are_changed_by_flag_and_by_document() {
     let machine = Machine::start();
     let bundle = machine.bundle("b", &["/bin/sleep", "1000"]);

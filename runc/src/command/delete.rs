@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
+use nix::errno::Errno;
 
 use super::Call;
 use crate::daemons::{Fs, Mgr};
@@ -49,7 +50,10 @@ fn end(state: &State) -> Result<()> {
     let ended = state.init.unwrap_or(state.creator);
     let deadline = Instant::now() + LIMIT;
     if let Ok(process) = sysbox_sys::process::pidfd_open(ended) {
-        sysbox_sys::process::pidfd_send_signal(&process, libc::SIGKILL)?;
+        match sysbox_sys::process::pidfd_send_signal(&process, libc::SIGKILL) {
+            Err(error) if error.errno == Errno::ESRCH => {}
+            other => other?,
+        }
     }
     release(state);
     state.cgroup.kill_all();

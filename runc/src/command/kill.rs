@@ -9,7 +9,7 @@ use nix::sys::signal::Signal;
 use super::Call;
 use crate::cli::KillArgs;
 use crate::freezer;
-use crate::state::Status;
+use crate::state::{State, Status};
 
 /// # Errors
 /// No such container, no such signal, or a container that has stopped.
@@ -21,7 +21,7 @@ pub fn kill(call: &Call<'_>, args: &KillArgs) -> Result<()> {
         for pid in state.cgroup.processes() {
             send_to_pid(pid.as_raw(), signal)?;
         }
-        return Ok(());
+        return let_die(&state, signal);
     }
     let status = home.status(&state);
     let (Some(init), Status::Created | Status::Running | Status::Paused) = (state.init, status) else {
@@ -33,8 +33,12 @@ pub fn kill(call: &Call<'_>, args: &KillArgs) -> Result<()> {
         Err(error) if error.errno == Errno::ESRCH => bail!("container not running"),
         other => other?,
     }
-    if signal == libc::SIGKILL && status == Status::Paused {
-        // The killed must be able to die.
+    let_die(&state, signal)
+}
+
+/// The killed must be able to die: by version 1 what is frozen does not, and a container can freeze itself.
+fn let_die(state: &State, signal: i32) -> Result<()> {
+    if signal == libc::SIGKILL {
         freezer::release(&state.cgroup)?;
     }
     Ok(())
