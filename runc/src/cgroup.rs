@@ -18,6 +18,7 @@ use sysbox_sys::process::Held;
 
 use crate::cpuset;
 use crate::mirror;
+use crate::nested;
 
 /// The delegated child. On the unified hierarchy init lives one deeper, since a cgroup that hands out controllers holds no
 /// processes.
@@ -534,15 +535,7 @@ fn remove_tree(path: &Path) -> std::io::Result<()> {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
         Err(_) => {}
     }
-    match fs::read_dir(path) {
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(error),
-        Ok(entries) => {
-            for entry in entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
-                remove_tree(&entry.path())?;
-            }
-        }
-    }
+    nested::remove_below(path)?;
     match fs::remove_dir(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
         other => other,

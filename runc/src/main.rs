@@ -15,6 +15,7 @@ mod launch;
 mod limits;
 mod log;
 mod mirror;
+mod nested;
 mod overlay;
 mod plan;
 mod preload;

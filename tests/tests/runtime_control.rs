@@ -7,6 +7,8 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::process::Stdio;
 
+use nix::fcntl::OFlag;
+use nix::sys::stat::Mode;
 use sysbox_tests::runtime::{Machine, Running, cgroups, eventually};
 
 /// A container that writes a line to /count again and again.
@@ -86,6 +88,23 @@ fn a_container_that_froze_itself_can_be_deleted() {
                   mkdir $d/own; sleep 1000 >/dev/null 2>&1 & p=$!; sleep 0.1; echo $p >$d/own/cgroup.procs && echo $v >$d/own/$f; cat $d/own/$f";
     let frozen = running.exec(script).ok();
     assert!(["FROZEN", "FREEZING", "1"].contains(&frozen.trim()), "{frozen}");
+    machine.runc(&["delete", "--force", "c"]).ok();
+    assert_eq!(machine.remains("c"), Vec::<String>::new());
+}
+
+#[test]
+fn cgroups_nested_deeper_than_a_path_is_long_go_with_the_container() {
+    let machine = Machine::start();
+    let bundle = machine.bundle("b", &["/bin/sleep", "1000"]);
+    let _running = machine.run_detached(&bundle, "c");
+    let (flags, mode) = (OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::from_bits_truncate(0o755));
+    let mut here = nix::fcntl::open(&limits(&machine, "c", "pids").join("syscont"), flags, mode).unwrap();
+    let name = "7".repeat(200);
+    for _ in 0..25 {
+        nix::sys::stat::mkdirat(&here, name.as_str(), mode).unwrap();
+        here = nix::fcntl::openat(&here, name.as_str(), flags, mode).unwrap();
+    }
+    drop(here);
     machine.runc(&["delete", "--force", "c"]).ok();
     assert_eq!(machine.remains("c"), Vec::<String>::new());
 }
