@@ -1,0 +1,49 @@
+#!/bin/bash
+# parts.sh NAME VERSION...: prints the path of each program of the field that our tests stand beside or run inside, built
+# once from its published Go module (checked against the public checksums) and kept in /var/cache/sysbox/parts.
+. "$(dirname "$0")/lib.sh"
+
+PARTS_CACHE=${PARTS_CACHE:-/var/cache/sysbox/parts}
+RECIPE=1  # raise it with every change to how parts are built
+
+# name | module | package | cgo | tags
+TABLE='
+runc | github.com/opencontainers/runc | github.com/opencontainers/runc | 1 | seccomp
+'
+
+build() { # NAME VERSION OUT
+    local name module package cgo tags scratch
+    while IFS='|' read -r name module package cgo tags; do
+        read -r name <<<"$name"; read -r module <<<"$module"; read -r package <<<"$package"
+        read -r cgo <<<"$cgo"; read -r tags <<<"$tags"
+        [ "$name" != "$1" ] || break
+    done <<<"$TABLE"
+    [ "$name" = "$1" ] || die "no part is called \`$1\`"
+    command -v go >/dev/null || die "no \`go\` on the PATH" "install a Go toolchain (1.24 or later)"
+    scratch=$(mktemp -d)
+    say "building $1 $2 (once; kept in $PARTS_CACHE)"
+    # A module of our own that requires the other: `go install` refuses modules with a `replace`.
+    if ! (cd "$scratch" && printf 'module part\n\ngo 1.24\n\nrequire %s v%s\n' "$module" "$2" >go.mod &&
+        CGO_ENABLED=$cgo go build -mod=mod -trimpath -tags "$tags" -ldflags "-s -w" -o "$3.new" "$package" >log 2>&1); then
+        tail -n 20 "$scratch/log" >&2
+        rm -rf "$scratch" "$3.new"
+        die "$1 $2 could not be built"
+    fi
+    rm -rf "$scratch"
+    mv "$3.new" "$3"
+}
+
+[ $# -ge 2 ] || die "usage: parts.sh NAME VERSION..."
+mkdir -p "$PARTS_CACHE"
+name=$1
+shift
+for version in "$@"; do
+    path=$PARTS_CACHE/$name-$version-$RECIPE
+    (
+        exec 8>"$path.lock"
+        flock 8
+        [ -x "$path" ] || build "$name" "$version" "$path"
+    )
+    [ -x "$path" ] || exit 1
+    echo "$path"
+done
