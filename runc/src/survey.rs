@@ -238,10 +238,12 @@ fn ground_of(rootfs: &Path, mountinfo: &str) -> Result<Ground, SurveyError> {
     if overlay.upper.as_os_str().is_empty() {
         return Err(SurveyError::NoUpper { path: rootfs.to_owned() });
     }
-    // Docker names layers by short links relative to its overlay2 directory when the option string would be too long.
-    let home = overlay.upper.parent().and_then(Path::parent).unwrap_or(Path::new("/")).to_owned();
-    for lower in &mut overlay.lowers {
-        *lower = home.join(&*lower);
+    // An engine names layers relative to the directory that has them all when the option string would be longer than a
+    // page: containerd the lower ones, Docker the upper one as well, below which its mount point lies.
+    let beside = if overlay.upper.is_absolute() { overlay.upper.as_path() } else { rootfs };
+    let home = beside.parent().and_then(Path::parent).unwrap_or(Path::new("/")).to_owned();
+    for layer in overlay.lowers.iter_mut().chain([&mut overlay.upper, &mut overlay.work]) {
+        *layer = home.join(&*layer);
     }
     Ok(Ground::Overlay(overlay))
 }
@@ -305,8 +307,8 @@ mod tests {
     use super::*;
 
     fn ground(options: &str) -> Ground {
-        let line = format!("36 35 0:50 / /r/merged rw - overlay overlay {options}\n");
-        ground_of(Path::new("/r/merged"), &line).unwrap()
+        let line = format!("36 35 0:50 / /d/o/x/merged rw - overlay overlay {options}\n");
+        ground_of(Path::new("/d/o/x/merged"), &line).unwrap()
     }
 
     fn layers(lowers: &[&str]) -> Ground {
@@ -320,6 +322,8 @@ mod tests {
         assert_eq!(ground(&format!("rw,lowerdir=/a:/b,{rest}")), layers(&["/a", "/b"]));
         assert_eq!(ground(&format!("rw,lowerdir+=/a,lowerdir+=/b,{rest}")), layers(&["/a", "/b"]));
         assert_eq!(ground(&format!("rw,lowerdir=l/A:l/B,{rest}")), layers(&["/d/o/l/A", "/d/o/l/B"]));
+        let all = "rw,lowerdir=l/A:l/B,upperdir=x/diff,workdir=x/work";
+        assert_eq!(ground(all), layers(&["/d/o/l/A", "/d/o/l/B"]));
         assert_eq!(
             ground(&format!("rw,lowerdir=/a\\134:b\\040c:/d\\134\\054e,{rest}")),
             layers(&["/a:b c", "/d,e"])

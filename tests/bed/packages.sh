@@ -1,5 +1,5 @@
 #!/bin/bash
-# packages.sh build|engine|image|test|bare ...: installs what is missing, as Debian packages by name. A package is asked
+# packages.sh build|engine|image|test|bench|bare ...: installs what is missing, as Debian packages by name. A package is asked
 # for only where its file is missing, so a Docker, a compiler or an iptables from elsewhere is left as it is.
 . "$(dirname "$0")/lib.sh"
 
@@ -25,6 +25,8 @@ test   | /bin/busybox                              | busybox-static
 test   | ps                                        | procps
 image  | mmdebstrap                                | mmdebstrap
 image  | /usr/share/keyrings/debian-archive-keyring.gpg | debian-archive-keyring
+bench  | lxcfs                                     | lxcfs
+bench  | crun                                      | crun
 bare   | slirp4netns                               | slirp4netns
 '
 

@@ -1,4 +1,4 @@
-//! What samples are taken of: containers of either runtime, engines inside them, bundles without an engine. All of it
+//! What samples are taken of: containers of either runtime, engines inside them. All of it
 //! carries a label and goes with the lab; what a killed bench left behind goes when the next one opens.
 
 use std::cell::RefCell;
@@ -14,7 +14,6 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use serde_json::{Value, json};
 use sysbox_tests::engine::{BUSYBOX, DEBIAN, INNER_IMAGE, RUNTIME};
 use sysbox_tests::measure::{self, until};
 use tempfile::TempDir;
@@ -70,10 +69,10 @@ pub struct Lab {
     pub quick: bool,
     /// Where the bed's daemons listen.
     pub run_dir: PathBuf,
-    program: PathBuf,
-    scratch: TempDir,
+    pub program: PathBuf,
+    pub scratch: TempDir,
     /// For the runtimes' state: where they have it by default.
-    states: TempDir,
+    pub states: TempDir,
     shared: RefCell<HashMap<(&'static str, Runtime), Rc<Machine>>>,
 }
 
@@ -155,77 +154,6 @@ impl Lab {
         std::fs::create_dir_all(&path).with_context(|| format!("mkdir {}", path.display()))?;
         Ok(path)
     }
-
-    /// A bundle with busybox as its root directory that runs true.
-    ///
-    /// # Errors
-    /// The image, or the runtime's `spec`.
-    pub fn bundle(&self, runtime: Runtime) -> Result<Bundle> {
-        let rootfs = self.scratch.path().join("rootfs");
-        if !rootfs.exists() {
-            let tar = self.scratch.path().join("rootfs.tar");
-            let source = Machine::created(&self.docker, &[], BUSYBOX)?;
-            self.docker.run([
-                OsStr::new("export"),
-                OsStr::new("-o"),
-                tar.as_os_str(),
-                OsStr::new(&source.name),
-            ])?;
-            std::fs::create_dir(&rootfs)?;
-            measure::run(Command::new("tar").arg("-C").arg(&rootfs).arg("-xf").arg(&tar), LIMIT)?;
-        }
-        let (name, program) = match runtime {
-            Runtime::Ours => ("ours", self.program.as_path()),
-            Runtime::Theirs => ("theirs", Path::new("runc")),
-        };
-        let bundle = self.dir(name)?;
-        measure::run(Command::new(program).arg("spec").arg("--bundle").arg(&bundle), LIMIT)?;
-        let path = bundle.join("config.json");
-        let mut spec: Value = serde_json::from_slice(&std::fs::read(&path)?).context("config.json")?;
-        spec["root"] = json!({ "path": rootfs, "readonly": false });
-        spec["process"]["terminal"] = json!(false);
-        spec["process"]["args"] = json!(["/bin/true"]);
-        if runtime == Runtime::Theirs {
-            let all = capabilities()?.0;
-            spec["process"]["capabilities"] = json!({ "bounding": all, "effective": all, "permitted": all });
-        }
-        std::fs::write(&path, spec.to_string())?;
-        let mut line = vec![program.display().to_string()];
-        if runtime == Runtime::Ours {
-            line.extend(["--run-dir".to_owned(), self.run_dir.display().to_string()]);
-        }
-        line.extend(["--root".to_owned(), self.states.path().join(name).display().to_string()]);
-        Ok(Bundle { line, path: bundle })
-    }
-}
-
-/// For a runtime without an engine.
-#[derive(Debug)]
-pub struct Bundle {
-    /// The runtime's program and its global flags.
-    line: Vec<String>,
-    path: PathBuf,
-}
-
-impl Bundle {
-    /// `run` of a container with this id, to its end.
-    ///
-    /// # Errors
-    /// It failing; then nothing of it stays.
-    pub fn time(&self, id: &str) -> Result<f64> {
-        let taken = measure::time(self.command("run").arg("--bundle").arg(&self.path).arg(id), LIMIT);
-        if taken.is_err() {
-            // The failure that matters is the first; this one fails as well if nothing was made.
-            let _gone = measure::run(self.command("delete").args(["--force", id]), LIMIT);
-        }
-        taken
-    }
-
-    fn command(&self, verb: &str) -> Command {
-        let mut command = Command::new(&self.line[0]);
-        command.args(&self.line[1..]).arg(verb);
-        command
-    }
 }
 
 /// A directory of this process. What earlier ones left there, when they were killed, goes.
@@ -255,7 +183,7 @@ const CAPABILITIES: &str = "CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KIL
     SETFCAP MAC_OVERRIDE MAC_ADMIN SYSLOG WAKE_ALARM BLOCK_SUSPEND AUDIT_READ PERFMON BPF CHECKPOINT_RESTORE";
 
 /// What this machine's root has, and what it lacks.
-fn capabilities() -> Result<(Vec<String>, Vec<String>)> {
+pub fn capabilities() -> Result<(Vec<String>, Vec<String>)> {
     let status = std::fs::read_to_string("/proc/self/status").context("read /proc/self/status")?;
     let bits = status.lines().find_map(|line| line.strip_prefix("CapBnd:")).context("CapBnd")?;
     let bits = u64::from_str_radix(bits.trim(), 16).context("CapBnd")?;
@@ -337,7 +265,7 @@ impl Machine {
         Self::made(docker, &["run", "-d"], options, image)
     }
 
-    fn created(docker: &Docker, options: &[String], image: &str) -> Result<Self> {
+    pub fn created(docker: &Docker, options: &[String], image: &str) -> Result<Self> {
         Self::made(docker, &["create"], options, image)
     }
 
@@ -372,7 +300,7 @@ impl Machine {
     }
 
     /// The container's root directory, seen from here.
-    fn root(&self) -> Result<PathBuf> {
+    pub fn root(&self) -> Result<PathBuf> {
         let pid = self.docker.run(["inspect", "-f", "{{.State.Pid}}", &self.name])?;
         Ok(Path::new("/proc").join(pid.trim()).join("root"))
     }

@@ -3,7 +3,9 @@
 //!
 //! Status 1 if something could not be measured. A target that was missed is marked and is no failure of the bench.
 
+mod bundles;
 mod facts;
+mod inner;
 mod lab;
 mod rows;
 
@@ -54,8 +56,34 @@ const ROWS: &[Row] = {
     use Unit::{Mebibytes, Microseconds, Milliseconds};
     &[
         row("run", "run /bin/true on a directory", Milliseconds, Ratio(0.8), (40, 5), rows::run),
+        row(
+            "run-userns",
+            "the same : runc in a user namespace",
+            Milliseconds,
+            Shown,
+            (40, 5),
+            rows::run_userns,
+        ),
+        row(
+            "run-crun",
+            "the same : crun, cgroups of version 1",
+            Milliseconds,
+            Shown,
+            (40, 5),
+            rows::run_crun,
+        ),
         row("docker-run", "docker run --rm true", Milliseconds, Ratio(1.0), (20, 3), rows::docker_run),
         row("docker-run-16", "16 of them, 4 at once", Milliseconds, Ratio(1.0), (5, 1), rows::docker_run_16),
+        row(
+            "layers-1",
+            "docker run --rm true, image of 1 layer",
+            Milliseconds,
+            Ratio(1.0),
+            (20, 2),
+            rows::docker_run_layers::<1>,
+        ),
+        row("layers-20", "of 20 layers", Milliseconds, Ratio(1.0), (20, 2), rows::docker_run_layers::<20>),
+        row("layers-100", "of 100 layers", Milliseconds, Ratio(1.0), (20, 2), rows::docker_run_layers::<100>),
         row("docker-exec", "docker exec true", Milliseconds, Ratio(1.0), (30, 5), rows::docker_exec),
         row(
             "inner-ready",
@@ -63,11 +91,22 @@ const ROWS: &[Row] = {
             Milliseconds,
             Ratio(1.05),
             (6, 1),
-            rows::inner_ready,
+            inner::inner_ready,
         ),
-        row("inner-run", "docker run --rm true inside", Milliseconds, Ratio(1.05), (12, 2), rows::inner_run),
-        row("stop", "docker stop with 1 GB of inner images", Milliseconds, Extra(10.0), (8, 2), rows::stop),
-        row("start", "docker start of the same", Milliseconds, Ratio(1.05), (8, 2), rows::start),
+        row("inner-run", "docker run --rm true inside", Milliseconds, Ratio(1.05), (12, 2), inner::inner_run),
+        row("stop", "docker stop with 1 GB of inner images", Milliseconds, Extra(10.0), (8, 2), inner::stop),
+        row("start", "docker start of the same", Milliseconds, Ratio(1.05), (8, 2), inner::start),
+        row("inner-load", "docker load inside", Milliseconds, Ratio(1.02), (8, 1), inner::load),
+        row("inner-build", "docker build inside, 5 x RUN", Milliseconds, Ratio(1.05), (8, 1), inner::build),
+        row("inner-untar", "untar of /usr inside", Milliseconds, Ratio(1.02), (10, 1), inner::untar),
+        row(
+            "commit",
+            "docker commit with 256 MB of inner images : of files",
+            Milliseconds,
+            Ratio(1.05),
+            (6, 1),
+            inner::commit,
+        ),
         row(
             "leaf",
             "open+read+close of /proc/meminfo : the kernel's",
@@ -79,7 +118,9 @@ const ROWS: &[Row] = {
         row("leaf-lxcfs", "the same : LXCFS", Microseconds, Ratio(0.6), (10, 2), rows::leaf_lxcfs),
         row("uptime", "open+read+close of /proc/uptime", Microseconds, Ratio(1.0), (10, 2), rows::uptime),
         row("sysctl", "the same of a sysctl that is native", Microseconds, Ratio(1.0), (10, 2), rows::sysctl),
-        row("memory", "PSS of both daemons, 30 idle containers", Mebibytes, Most(15.0), (1, 1), rows::memory),
+        row("memory-1", "PSS of both daemons, 1 idle container", Mebibytes, Shown, (1, 1), rows::memory::<1>),
+        row("memory", "30 idle containers", Mebibytes, Most(15.0), (1, 1), rows::memory::<30>),
+        row("memory-100", "100 idle containers", Mebibytes, Most(20.0), (1, 1), rows::memory::<100>),
     ]
 };
 

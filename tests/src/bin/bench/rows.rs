@@ -10,40 +10,100 @@ use sysbox_tests::engine::{BUSYBOX, DEBIAN};
 use sysbox_tests::measure::{self, Side, until};
 
 use crate::Pair;
+use crate::bundles::{Bundle, Kind};
 use crate::lab::{Docker, LIMIT, Lab, Machine, Runtime, confined, options};
 
 /// The same for both runtimes.
-fn both(make: impl Fn(Runtime) -> Result<Side>) -> Result<Pair> {
+pub fn both(make: impl Fn(Runtime) -> Result<Side>) -> Result<Pair> {
     Ok(Pair::Both(make(Runtime::Ours)?, make(Runtime::Theirs)?))
 }
 
-pub fn run(lab: &Lab) -> Result<Pair> {
-    both(|runtime| {
-        let bundle = lab.bundle(runtime)?;
-        let mut count = 0;
-        Ok(Box::new(move || {
-            count += 1;
-            bundle.time(&format!("bench-{count}"))
-        }))
+/// `run` of a bundle, again and again.
+fn runs(bundle: Bundle) -> Side {
+    let mut count = 0;
+    Box::new(move || {
+        count += 1;
+        bundle.time(&format!("bench-{count}"))
     })
 }
 
+pub fn run(lab: &Lab) -> Result<Pair> {
+    both(|runtime| Ok(runs(Bundle::new(lab, runtime.into())?)))
+}
+
+pub fn run_userns(lab: &Lab) -> Result<Pair> {
+    let theirs = Bundle::new(lab, Kind::RuncInUserNamespace)?;
+    Ok(Pair::Both(runs(Bundle::new(lab, Kind::Ours)?), runs(theirs)))
+}
+
+/// crun refuses a machine with both versions of cgroups, so both sides run where the second version's tree is out of sight.
+pub fn run_crun(lab: &Lab) -> Result<Pair> {
+    if Command::new("crun").arg("--version").output().is_err() {
+        return Ok(Pair::Skip("no `crun` on the PATH (Debian package crun)".to_owned()));
+    }
+    let side = |kind| -> Result<Side> { apart(Bundle::new(lab, kind)?) };
+    Ok(Pair::Both(side(Kind::Ours)?, side(Kind::Crun)?))
+}
+
+/// Takes each sample in a thread with a mount namespace of its own, in which only version 1 of cgroups is mounted, if the
+/// machine has both.
+fn apart(bundle: Bundle) -> Result<Side> {
+    let (ask, asked) = std::sync::mpsc::channel::<()>();
+    let (answer, answered) = std::sync::mpsc::channel::<Result<f64>>();
+    let (ready, is_ready) = std::sync::mpsc::channel::<Result<()>>();
+    std::thread::spawn(move || {
+        // Whoever asked is gone if an answer finds nobody: then there is nothing to do but to end.
+        if ready.send(hide_second_version()).is_err() {
+            return;
+        }
+        let mut run = runs(bundle);
+        while asked.recv().is_ok() {
+            if answer.send(run()).is_err() {
+                return;
+            }
+        }
+    });
+    is_ready.recv().context("the thread apart")??;
+    Ok(Box::new(move || {
+        ask.send(()).context("the thread apart")?;
+        answered.recv().context("the thread apart")?
+    }))
+}
+
+/// Of the calling thread alone: it and its children no longer share the others' mount namespace.
+fn hide_second_version() -> Result<()> {
+    use nix::mount::{MntFlags, MsFlags, mount, umount2};
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).context("unshare(CLONE_NEWNS)")?;
+    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
+        .context("make / private")?;
+    // Of the thread: /proc/self is the process, whose first thread has stayed where it was.
+    let table = std::fs::read_to_string("/proc/thread-self/mountinfo").context("read mountinfo")?;
+    if !table.lines().any(|line| line.contains(" - cgroup ")) {
+        return Ok(());
+    }
+    for line in table.lines().filter(|line| line.contains(" - cgroup2 ")) {
+        let place = line.split(' ').nth(4).context("mountinfo")?;
+        umount2(place, MntFlags::MNT_DETACH).with_context(|| format!("umount {place}"))?;
+    }
+    Ok(())
+}
+
 /// `docker run --rm` of true, as a command line.
-fn run_true(runtime: Runtime) -> Result<Vec<String>> {
+fn run_true(runtime: Runtime, image: &str) -> Result<Vec<String>> {
     let words = |list: &[&str]| list.iter().map(|&word| word.to_owned()).collect::<Vec<_>>();
-    Ok([words(&["run", "--rm"]), options(runtime)?, words(&[BUSYBOX, "true"])].concat())
+    Ok([words(&["run", "--rm"]), options(runtime)?, words(&[image, "true"])].concat())
 }
 
 pub fn docker_run(lab: &Lab) -> Result<Pair> {
     both(|runtime| {
-        let (docker, line) = (lab.docker.clone(), run_true(runtime)?);
+        let (docker, line) = (lab.docker.clone(), run_true(runtime, BUSYBOX)?);
         Ok(Box::new(move || docker.time(&line)))
     })
 }
 
 pub fn docker_run_16(lab: &Lab) -> Result<Pair> {
     both(|runtime| {
-        let (docker, line) = (lab.docker.clone(), run_true(runtime)?);
+        let (docker, line) = (lab.docker.clone(), run_true(runtime, BUSYBOX)?);
         Ok(Box::new(move || {
             let start = Instant::now();
             four_at_once(|| (0..4).try_for_each(|_| docker.run(&line).map(drop)))?;
@@ -59,67 +119,58 @@ fn four_at_once(work: impl Fn() -> Result<()> + Sync) -> Result<()> {
     })
 }
 
+/// An image of that many layers, a file in each but the first; it goes with this.
+#[derive(Debug)]
+struct Layers {
+    docker: Docker,
+    tag: String,
+}
+
+impl Layers {
+    fn make(lab: &Lab, count: usize) -> Result<Self> {
+        let tag = format!("sysbox-bench/layers:{count}");
+        let dir = lab.dir(&format!("layers-{count}"))?;
+        std::fs::write(dir.join("file"), "x").context("a file for each layer")?;
+        let copies = (1..count).map(|layer| format!("COPY file /layer/{layer}\n"));
+        let text = std::iter::once(format!("FROM {BUSYBOX}\n")).chain(copies).collect::<String>();
+        std::fs::write(dir.join("Dockerfile"), text).context("Dockerfile")?;
+        let layers = Self { docker: lab.docker.clone(), tag };
+        let dir = dir.to_str().context("a path in UTF-8")?;
+        // The builder that every engine has; it copies without a container.
+        let mut build = layers.docker.command(["build", "-q", "-t", &layers.tag, dir]);
+        measure::run(build.env("DOCKER_BUILDKIT", "0"), LIMIT)?;
+        let shape = layers.docker.run(["inspect", "-f", "{{len .RootFS.Layers}}", &layers.tag])?;
+        anyhow::ensure!(shape.trim() == count.to_string(), "{} has {} layers", layers.tag, shape.trim());
+        Ok(layers)
+    }
+}
+
+impl Drop for Layers {
+    fn drop(&mut self) {
+        if let Err(error) = self.docker.run(["rmi", "-f", &self.tag]) {
+            eprintln!("bench: {error:#}");
+        }
+    }
+}
+
+/// `docker run --rm true` of an image of `LAYERS` layers.
+pub fn docker_run_layers<const LAYERS: usize>(lab: &Lab) -> Result<Pair> {
+    let image = Rc::new(Layers::make(lab, LAYERS)?);
+    both(|runtime| {
+        let (docker, image, line) = (lab.docker.clone(), Rc::clone(&image), run_true(runtime, &image.tag)?);
+        Ok(Box::new(move || {
+            // The closure keeps the image.
+            let _kept = &image;
+            docker.time(&line)
+        }))
+    })
+}
+
 pub fn docker_exec(lab: &Lab) -> Result<Pair> {
     both(|runtime| {
         let docker = lab.docker.clone();
         let machine = Machine::start(&docker, &options(runtime)?, BUSYBOX)?;
         Ok(Box::new(move || docker.time(["exec", &machine.name, "true"])))
-    })
-}
-
-/// A fresh container each time: what an engine does at its first start belongs to it.
-pub fn inner_ready(lab: &Lab) -> Result<Pair> {
-    both(|runtime| {
-        let docker = lab.docker.clone();
-        Ok(Box::new(move || Machine::host(&docker, runtime)?.start_engine()))
-    })
-}
-
-pub fn inner_run(lab: &Lab) -> Result<Pair> {
-    both(|runtime| {
-        let machine = Machine::host(&lab.docker, runtime)?;
-        machine.start_engine()?;
-        machine.import_busybox()?;
-        let inner = machine.inner()?;
-        Ok(Box::new(move || {
-            // The closure keeps the machine.
-            let _alive = &machine;
-            inner.time(["run", "--rm", "busybox", "true"])
-        }))
-    })
-}
-
-/// A container with 1 GB of images inside, its engine not running: what is measured is what the runtime does about them.
-fn laden(lab: &Lab, runtime: Runtime) -> Result<Rc<Machine>> {
-    const GIB: u64 = 1 << 30;
-    lab.shared("laden", runtime, || {
-        let machine = Machine::host(&lab.docker, runtime)?;
-        machine.start_engine()?;
-        machine.import_random(if lab.quick { GIB / 16 } else { GIB })?;
-        lab.docker.run(["stop", &machine.name])?;
-        // What is still to be written would be written in the middle of a sample.
-        nix::unistd::sync();
-        Ok(machine)
-    })
-}
-
-pub fn stop(lab: &Lab) -> Result<Pair> {
-    both(|runtime| {
-        let (docker, machine) = (lab.docker.clone(), laden(lab, runtime)?);
-        Ok(Box::new(move || {
-            docker.run(["start", &machine.name])?;
-            docker.time(["stop", &machine.name])
-        }))
-    })
-}
-
-pub fn start(lab: &Lab) -> Result<Pair> {
-    both(|runtime| {
-        let (docker, machine) = (lab.docker.clone(), laden(lab, runtime)?);
-        Ok(Box::new(move || {
-            docker.run(["stop", &machine.name])?;
-            docker.time(["start", &machine.name])
-        }))
     })
 }
 
@@ -204,8 +255,8 @@ pub fn leaf_lxcfs(lab: &Lab) -> Result<Pair> {
     Ok(Pair::Both(reads(reader(lab, Runtime::Ours)?, "/proc/meminfo"), theirs))
 }
 
-pub fn memory(lab: &Lab) -> Result<Pair> {
-    const IDLE: usize = 30;
+/// Of both daemons beside `IDLE` containers.
+pub fn memory<const IDLE: usize>(lab: &Lab) -> Result<Pair> {
     lab.clear();
     let (docker, run_dir, options) = (lab.docker.clone(), lab.run_dir.clone(), options(Runtime::Ours)?);
     Ok(Pair::Ours(Box::new(move || {
