@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 use libcgroups::common::{
     AnyCgroupManager, CgroupConfig, CgroupManager, ControllerOpt, create_cgroup_manager,
 };
-use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use oci_spec::runtime::LinuxResources;
 use serde::{Deserialize, Serialize};
@@ -27,7 +26,7 @@ const LEAF: &str = "init.scope";
 const ROOT: &str = "/sys/fs/cgroup";
 
 /// How long dying processes are waited for.
-const LIMIT: Duration = Duration::from_secs(10);
+pub const LIMIT: Duration = Duration::from_secs(10);
 
 /// What belongs to the container's root in a delegated cgroup; never a limit file (the kernel's list is in
 /// /sys/kernel/cgroup/delegate).
@@ -180,7 +179,7 @@ impl Hierarchy {
     }
 
     /// Whether a create puts itself here before it does anything else.
-    fn is_anchor(&self) -> bool {
+    pub fn is_anchor(&self) -> bool {
         self.kind == Kind::Unified || self.is_foreign_to_libcontainer()
     }
 }
@@ -229,9 +228,7 @@ impl Cgroup {
             create_dir(&parent.join(DELEGATED))?;
             join(&parent.join(DELEGATED), own)?;
             if hierarchy.kind == Kind::Unified {
-                // Only now: with a process of ours in it, a cgroup that hands out controllers would become threaded, and
-                // its child invalid (cgroups(7)). systemd had put us into the scope.
-                enable_controllers(&parent)?;
+                keep_from_handing_out(&parent)?;
             }
         }
         for hierarchy in &others {
@@ -247,23 +244,42 @@ impl Cgroup {
         mirror::copy(self, DELEGATED)
     }
 
-    /// Gives the child to the container's root, and on the unified hierarchy moves init to a leaf below it.
+    /// Gives the child to the container's root. On the unified hierarchy that comes with the start ([`Cgroup::settle`]): until
+    /// then init waits in the parent, since an engine takes a container's figures from where init is after the create, and
+    /// the parent is what counts them all. The root of init's cgroup namespace is the child, wherever init goes.
     ///
     /// # Errors
     /// `chown`, or the kernel refusing the move.
     pub fn delegate(&self, init: Pid, uid: u32, gid: u32) -> Result<()> {
         for hierarchy in &self.hierarchies {
-            let child = hierarchy.mount.join(&self.parent).join(DELEGATED);
-            if hierarchy.kind == Kind::Unified {
-                let leaf = child.join(LEAF);
-                create_dir(&leaf)?;
-                join(&leaf, init)?;
-                enable_controllers(&child)?;
-                own(&leaf, OWNED_V2, uid, gid)?;
+            let parent = hierarchy.mount.join(&self.parent);
+            match hierarchy.kind {
+                Kind::Unified => join(&parent, init)?,
+                Kind::Hybrid => own(&parent.join(DELEGATED), OWNED_V2, uid, gid)?,
+                Kind::V1 => own(&parent.join(DELEGATED), OWNED_V1, uid, gid)?,
             }
-            own(&child, if hierarchy.kind == Kind::V1 { OWNED_V1 } else { OWNED_V2 }, uid, gid)?;
         }
         Ok(())
+    }
+
+    /// The second half of [`Cgroup::delegate`], before init goes on: moves it to a leaf of the child, hands out the
+    /// controllers, and gives the child to the container's root.
+    ///
+    /// # Errors
+    /// `chown`, or the kernel refusing the move.
+    pub fn settle(&self, uid: u32, gid: u32) -> Result<()> {
+        for hierarchy in self.hierarchies.iter().filter(|h| h.kind == Kind::Unified) {
+            let parent = hierarchy.mount.join(&self.parent);
+            let child = parent.join(DELEGATED);
+            let leaf = child.join(LEAF);
+            create_dir(&leaf)?;
+            move_all(&parent, &leaf)?;
+            enable_controllers(&parent)?;
+            enable_controllers(&child)?;
+            own(&leaf, OWNED_V2, uid, gid)?;
+            own(&child, OWNED_V2, uid, gid)?;
+        }
+        if self.is_unified() { mirror::copy(self, DELEGATED) } else { Ok(()) }
     }
 
     /// Where libcontainer is to put a later process: with init, wherever it went.
@@ -336,43 +352,10 @@ impl Cgroup {
             Some(scope) => self.manager(scope, id, true),
             None => self.manager(&Path::new("/").join(&self.parent), id, false),
         };
-        mirror::let_go(self, DELEGATED)?;
-        let applied = apply(&manager?, &resources);
-        mirror::copy(self, DELEGATED).and(applied)
-    }
-
-    /// Every process of the container: all are born in its anchors, which no process can leave. Where there are none (a
-    /// host with version 1 controllers alone), those in any hierarchy.
-    pub fn processes(&self) -> Vec<Pid> {
-        let mut all = Vec::new();
-        let anchors = self.hierarchies.iter().filter(|h| h.is_anchor()).count();
-        for hierarchy in self.hierarchies.iter().filter(|h| anchors == 0 || h.is_anchor()) {
-            if !self.parent.as_os_str().is_empty() {
-                collect_processes(&hierarchy.mount.join(&self.parent), &mut all);
-            }
-        }
-        all.sort_unstable();
-        all.dedup();
-        all
-    }
-
-    /// Ends every process in the container's cgroups, and those that they bear meanwhile. Returns when there is none, or
-    /// after a time in which any process that can be ended has ended.
-    pub fn kill_all(&self) {
-        let deadline = Instant::now() + LIMIT;
-        let mut pause = Duration::from_micros(100);
-        loop {
-            let there = self.processes();
-            if there.is_empty() || Instant::now() > deadline {
-                return;
-            }
-            for pid in there {
-                // Gone already is as good.
-                let _gone = kill(pid, Signal::SIGKILL);
-            }
-            std::thread::sleep(pause);
-            pause = (pause * 2).min(Duration::from_millis(20));
-        }
+        let shares = mirror::let_go(self, DELEGATED)?;
+        let applied = manager.and_then(|manager| apply(&manager, &resources));
+        let given_back = mirror::give_back(self, DELEGATED, &shares);
+        mirror::copy(self, DELEGATED).and(given_back).and(applied)
     }
 
     /// Removes parent, child and whatever the container made below, deepest first. Waits for dying processes.
@@ -438,7 +421,7 @@ fn own_unified_path() -> Result<PathBuf> {
 }
 
 /// As [`paths_of`]; never those of a process that has its pid by now, which may be the host's.
-fn paths_of_held(init: &Held) -> Result<Vec<(String, PathBuf)>> {
+pub fn paths_of_held(init: &Held) -> Result<Vec<(String, PathBuf)>> {
     let paths = paths_of(Pid::from_raw(init.pid()));
     init.still_there().map_err(|error| CgroupError::Gone(error.to_string()))?;
     paths
@@ -502,6 +485,38 @@ fn enable_controllers(path: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Has nobody hand out the controllers of a cgroup whose child a process of ours is in, and which a process of ours is to
+/// enter: with both it would become threaded, and its child invalid (cgroups(7)). libcontainer tries to, and goes on if it
+/// cannot. The file is covered in this create's own mount namespace, and ends with that.
+fn keep_from_handing_out(path: &Path) -> Result<()> {
+    let control = path.join("cgroup.subtree_control");
+    let nothing: Option<&str> = None;
+    nix::mount::mount(Some("/dev/null"), &control, nothing, nix::mount::MsFlags::MS_BIND, nothing)
+        .map_err(|errno| io(&control, "cover")(errno.into()))
+}
+
+/// Moves the processes of one cgroup, and those that they bear meanwhile, to another.
+fn move_all(from: &Path, to: &Path) -> Result<()> {
+    let file = from.join("cgroup.procs");
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        let text = fs::read_to_string(&file).map_err(io(&file, "read"))?;
+        if text.is_empty() {
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            return Err(CgroupError::Busy { path: from.to_owned(), seconds: LIMIT.as_secs() });
+        }
+        for pid in text.lines().filter_map(|line| line.parse().ok()).map(Pid::from_raw) {
+            match join(to, pid) {
+                // It has ended.
+                Err(CgroupError::Io { source, .. }) if source.raw_os_error() == Some(libc::ESRCH) => {}
+                other => other?,
+            }
+        }
+    }
+}
+
 fn join(path: &Path, pid: Pid) -> Result<()> {
     let file = path.join("cgroup.procs");
     fs::write(&file, pid.to_string()).map_err(io(&file, "join"))
@@ -517,15 +532,6 @@ fn own(path: &Path, files: &[&str], uid: u32, gid: u32) -> Result<()> {
         }
     }
     Ok(())
-}
-
-fn collect_processes(path: &Path, all: &mut Vec<Pid>) {
-    let Ok(text) = fs::read_to_string(path.join("cgroup.procs")) else { return };
-    all.extend(text.lines().filter_map(|line| line.parse().ok()).map(Pid::from_raw));
-    let Ok(entries) = fs::read_dir(path) else { return };
-    for entry in entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
-        collect_processes(&entry.path(), all);
-    }
 }
 
 fn remove_tree(path: &Path) -> std::io::Result<()> {

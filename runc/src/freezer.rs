@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::cgroup::{Cgroup, Kind};
+use crate::nested::{self, Step};
 
 /// Long enough for a process in an uninterruptible wait to come out of it; runc's own.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -135,14 +136,16 @@ pub fn release(cgroup: &Cgroup) -> Result<()> {
 }
 
 fn thaw_tree(dir: &Path) -> Result<()> {
-    let path = dir.join("freezer.state");
-    let thawed = match fs::write(&path, "THAWED") {
-        Err(source) if source.kind() != ErrorKind::NotFound => {
-            Err(FreezerError::Io { attempt: "write", path, source })
+    let mut failed = Ok(());
+    let walked = nested::walk(dir, &mut |step, here| {
+        if let Step::Enter = step {
+            failed = failed.and(nested::write(here, "freezer.state", "THAWED").map(drop));
         }
-        _ => Ok(()),
-    };
-    let below = fs::read_dir(dir).into_iter().flatten().flatten();
-    let below = below.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
-    below.map(|entry| thaw_tree(&entry.path())).fold(thawed, Result::and)
+        Ok(())
+    });
+    walked.and(failed).map_err(|errno| FreezerError::Io {
+        attempt: "thaw",
+        path: dir.to_owned(),
+        source: errno.into(),
+    })
 }

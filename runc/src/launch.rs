@@ -42,9 +42,9 @@ pub enum LaunchError {
     Step { attempt: String, why: String },
     /// Somebody holds the process that is being made, and only those inside can.
     #[error(
-        "exec: not within {seconds} s: {what}; hint: look for a stopped, frozen or hanging process in the container"
+        "{command}: not within {seconds} s: {what}; hint: look for a stopped, frozen or hanging process in {place}"
     )]
-    TooLate { what: String, seconds: u64 },
+    TooLate { command: String, place: String, what: String, seconds: u64 },
     /// The cgroup could not be made or entered.
     #[error("{0}")]
     Cgroup(String),
@@ -55,10 +55,35 @@ pub fn step(attempt: &str) -> impl FnOnce(&dyn std::fmt::Display) -> LaunchError
     move |why| LaunchError::Step { attempt, why: why.to_string() }
 }
 
-/// How long an exec may take to be made. It joins the pid namespace before it is the program that was asked for, and from
-/// then on root of the container can stop it, freeze it, or have it look at a file system that never answers. A create has
-/// no such limit: nobody is inside to do so, and hooks take their time.
+/// How long a process may take to be made that joins a pid namespace with others in it, as every exec does, and a create
+/// that is given one. It is there before it is the program that was asked for, and from then on root of the container can
+/// stop it, freeze it, or have it look at a file system that never answers. Another create has no such limit: nobody is
+/// inside to do so, and hooks take their time.
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Until when, and who says so.
+#[derive(Debug, Clone, Copy)]
+struct Deadline {
+    at: Instant,
+    command: &'static str,
+    /// Where somebody may be who holds it up.
+    place: &'static str,
+}
+
+impl Deadline {
+    fn of(command: &'static str, place: &'static str) -> Self {
+        Self { at: Instant::now() + PATIENCE, command, place }
+    }
+
+    fn missed(self, what: &str) -> LaunchError {
+        LaunchError::TooLate {
+            command: self.command.to_owned(),
+            place: self.place.to_owned(),
+            what: what.to_owned(),
+            seconds: PATIENCE.as_secs(),
+        }
+    }
+}
 
 /// What a start needs besides the spec.
 #[derive(Debug)]
@@ -92,7 +117,14 @@ impl Launch<'_> {
         config.save(self.dir).map_err(|e| step("save the configuration")(&e))?;
         let listener = NotifyListener::new(&socket).map_err(|e| step("start socket")(&e))?;
         let console = self.console_socket.map(|path| console(self.dir, path)).transpose()?;
-        in_child(None, || self.run(ContainerType::InitContainer, enter()?, listener, console, users))
+        let namespaces = self.spec.linux().as_ref().and_then(|linux| linux.namespaces().as_deref());
+        let joins_pid = namespaces
+            .unwrap_or_default()
+            .iter()
+            .any(|namespace| namespace.typ() == LinuxNamespaceType::Pid && namespace.path().is_some());
+        let deadline =
+            joins_pid.then(|| Deadline::of("create", "the container whose pid namespace is joined"));
+        in_child(deadline, || self.run(ContainerType::InitContainer, enter()?, listener, console, users))
     }
 
     /// Makes a later process of a running container, releases it, and returns when its program runs.
@@ -105,7 +137,7 @@ impl Launch<'_> {
         before_start: impl FnOnce(Process) -> Result<(), LaunchError>,
     ) -> Result<Process, LaunchError> {
         let socket = self.dir.join(format!("exec-{}.sock", std::process::id()));
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Deadline::of("exec", "the container");
         let made = self.exec_waiting(&socket, deadline, enter);
         let started = made.and_then(|(process, said, sink)| {
             let released = before_start(process).and_then(|()| {
@@ -129,7 +161,7 @@ impl Launch<'_> {
     fn exec_waiting(
         self,
         socket: &Path,
-        deadline: Instant,
+        deadline: Deadline,
         enter: impl FnOnce() -> Result<PathBuf, LaunchError>,
     ) -> Result<(Process, OwnedFd, Rc<Sink>), LaunchError> {
         let listener = NotifyListener::new(socket).map_err(|e| step("start socket")(&e))?;
@@ -201,7 +233,7 @@ impl Launch<'_> {
 ///
 /// The answer is read when the child has ended, not at the end of the pipe: the waiting init holds a copy of it.
 fn in_child<T: Serialize + DeserializeOwned>(
-    deadline: Option<Instant>,
+    deadline: Option<Deadline>,
     work: impl FnOnce() -> Result<T, LaunchError>,
 ) -> Result<T, LaunchError> {
     let flags = nix::fcntl::OFlag::O_CLOEXEC | nix::fcntl::OFlag::O_NONBLOCK;
@@ -216,10 +248,10 @@ fn in_child<T: Serialize + DeserializeOwned>(
     let child = child.map_err(|e| step("start a child")(&e))?;
     if let Some(deadline) = deadline {
         let held = sysbox_sys::process::identify(child.as_raw()).and_then(Held::open);
-        let ended = held.and_then(|child| child.wait_until(deadline));
+        let ended = held.and_then(|child| child.wait_until(deadline.at));
         if !ended.map_err(|e| step("wait for the child")(&e))? {
             end_children();
-            return Err(too_late("make the process"));
+            return Err(deadline.missed("make the process"));
         }
     }
     // By pid: the container's processes are children of ours, too.
@@ -229,10 +261,6 @@ fn in_child<T: Serialize + DeserializeOwned>(
     // Ends with EAGAIN; what was read until then is in the buffer.
     let _ends = std::io::Read::read_to_end(&mut file, &mut answer);
     serde_json::from_slice::<Result<T, LaunchError>>(&answer).map_err(|e| step("hear from the child")(&e))?
-}
-
-fn too_late(what: &str) -> LaunchError {
-    LaunchError::TooLate { what: what.to_owned(), seconds: PATIENCE.as_secs() }
 }
 
 /// Ends what was begun: whatever is a child of this process was made for the exec that is given up. One that a frozen
@@ -258,14 +286,14 @@ fn end_children() {
 }
 
 /// Reads to the end of a pipe, or to the deadline.
-fn read_until(pipe: OwnedFd, deadline: Instant) -> Result<String, LaunchError> {
+fn read_until(pipe: OwnedFd, deadline: Deadline) -> Result<String, LaunchError> {
     let mut words = Vec::new();
     let mut file = std::fs::File::from(pipe);
     loop {
-        let left = deadline.saturating_duration_since(Instant::now());
+        let left = deadline.at.saturating_duration_since(Instant::now());
         let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
         match poll(&mut [PollFd::new(file.as_fd(), PollFlags::POLLIN)], timeout) {
-            Ok(0) => return Err(too_late("start the program")),
+            Ok(0) => return Err(deadline.missed("start the program")),
             Ok(_) => {}
             Err(Errno::EINTR) => continue,
             Err(errno) => return Err(step("wait for exec")(&errno.desc())),

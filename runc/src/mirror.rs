@@ -2,11 +2,16 @@
 //! has. But the child is where the container's view of cgroups begins (a JVM or a Go program sizes itself by what it
 //! reads there), and where an engine looks for a container's figures (it goes by init's cgroup).
 
+use std::collections::HashMap;
 use std::fs;
 use std::io::ErrorKind;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 
+use nix::errno::Errno;
+
 use crate::cgroup::{Cgroup, CgroupError, Hierarchy, Kind, io};
+use crate::nested::{self, Step};
 
 type Result<T> = std::result::Result<T, CgroupError>;
 
@@ -18,15 +23,57 @@ const V1: &[(&str, &[&str])] = &[
 ];
 const V2: &[&str] = &["memory.max", "memory.swap.max", "cpu.max", "pids.max"];
 
-/// Lets the child go before the parent's limits change: by version 1 its share of the processor may not be above its
-/// parent's, not even for the moment.
+/// Shares of the processor that cgroups below the parent had, each by its inode: [`let_go`] took them away.
+#[derive(Debug, Default)]
+pub struct Shares(HashMap<u64, String>);
+
+const QUOTA: &str = "cpu.cfs_quota_us";
+
+/// Lets all that is below go before the parent's limits change: by version 1 no share of the processor may be above one
+/// above it, not even for the moment, and the container may have given some to cgroups of its own.
 ///
 /// # Errors
 /// What the kernel says.
-pub fn let_go(cgroup: &Cgroup, child: &str) -> Result<()> {
-    let cpu = cgroup.hierarchies.iter().filter(|h| h.has("cpu"));
-    cpu.map(|h| write_if_there(&h.mount.join(&cgroup.parent).join(child), "cpu.cfs_quota_us", "-1"))
-        .fold(Ok(()), Result::and)
+pub fn let_go(cgroup: &Cgroup, child: &str) -> Result<Shares> {
+    let mut shares = Shares::default();
+    for hierarchy in cgroup.hierarchies.iter().filter(|h| h.has("cpu")) {
+        let path = hierarchy.mount.join(&cgroup.parent).join(child);
+        let let_go = &mut |step: Step<'_>, dir: &OwnedFd| {
+            let Step::Leave = step else { return Ok(()) };
+            match nested::read(dir, QUOTA)? {
+                Some(quota) if quota.trim() != "-1" => {
+                    nested::write(dir, QUOTA, "-1")?;
+                    shares.0.insert(nix::sys::stat::fstat(dir)?.st_ino, quota);
+                }
+                _ => {}
+            }
+            Ok(())
+        };
+        nested::walk(&path, let_go).map_err(|errno| io(&path, "let go of the quotas")(errno.into()))?;
+    }
+    Ok(shares)
+}
+
+/// Gives back what was let go, where it is within what is above it now; else that binds.
+///
+/// # Errors
+/// What the kernel says.
+pub fn give_back(cgroup: &Cgroup, child: &str, shares: &Shares) -> Result<()> {
+    for hierarchy in cgroup.hierarchies.iter().filter(|h| h.has("cpu") && !shares.0.is_empty()) {
+        let path = hierarchy.mount.join(&cgroup.parent).join(child);
+        let give_back = &mut |step: Step<'_>, dir: &OwnedFd| {
+            let Step::Enter = step else { return Ok(()) };
+            match shares.0.get(&nix::sys::stat::fstat(dir)?.st_ino) {
+                Some(quota) => match nested::write(dir, QUOTA, quota.trim()) {
+                    Err(Errno::EINVAL) => Ok(()),
+                    other => other.map(drop),
+                },
+                None => Ok(()),
+            }
+        };
+        nested::walk(&path, give_back).map_err(|errno| io(&path, "give back the quotas")(errno.into()))?;
+    }
+    Ok(())
 }
 
 /// Copies what limits the parent has.

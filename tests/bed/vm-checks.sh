@@ -27,6 +27,17 @@ claim "the container's root owns its delegated cgroup, and no limit file of it" 
 cannot_raise() { ! inside sh -c 'echo max > /sys/fs/cgroup/memory.max' 2>/dev/null; }
 claim "the container cannot raise its limit" cannot_raise
 claim "it may make cgroups with controllers" inside sh -c 'mkdir /sys/fs/cgroup/a && echo 1000000 > /sys/fs/cgroup/a/memory.max'
+counts_all() { # an engine's figures are those of the parent: processes beside init's cgroup are in them
+    inside sh -c 'mkdir /sys/fs/cgroup/beside; for i in 1 2 3 4 5; do sleep 600 >/dev/null 2>&1 </dev/null & echo $! > /sys/fs/cgroup/beside/cgroup.procs; done' >/dev/null 2>&1
+    local told; told=$(bed_docker stats --no-stream --format '{{.PIDs}}' $name)
+    [ "$(wc -l < "$delegated/beside/cgroup.procs")" = 5 ] && [ "$told" -ge 6 ] && [ "$told" = "$(cat "$parent/pids.current")" ] || { say "stats: $told"; return 1; }
+}
+claim "docker stats counts every cgroup of the container" counts_all
+waits_above() { # created, not started: init is in the parent, and the start moves it
+    bed_docker create --runtime=sysbox-runc --name $name-new "$image" sleep infinity >/dev/null && bed_docker start $name-new >/dev/null &&
+        [ "$(bed_docker exec $name-new cat /proc/1/cgroup)" = 0::/init.scope ] && bed_docker rm -f $name-new >/dev/null
+}
+claim "init is below its cgroup namespace's root" waits_above
 claim "an exec is in init's cgroup" [ "$(inside cat /proc/self/cgroup)" = "$(inside cat /proc/1/cgroup)" ]
 claim "meminfo shows the limit" [ "$(inside awk '/MemTotal/{print $2}' /proc/meminfo)" = 262144 ]
 claim "AppArmor is on, and the engine's default profile is not applied" \

@@ -190,6 +190,39 @@ fn cpus_are_taken_and_given_back_with_cgroups_below() {
     assert_eq!(allowed(&running.exec("cat /proc/self/status").ok()), allowed(&all));
 }
 
+/// By version 1 nothing follows: neither a set of CPUs nor a share of the processor, and none may be above one above it.
+#[test]
+fn limits_shrink_over_limits_that_the_container_made_itself() {
+    let machine = Machine::start();
+    let bundle = machine.bundle("b", &["/bin/sleep", "1000"]);
+    let running = machine.run_detached(&bundle, "c");
+    machine
+        .runc(&["update", "--cpu-period", "100000", "--cpu-quota", "150000", "--cpuset-cpus", "0-1", "c"])
+        .ok();
+    let (cpu, cpus) =
+        (limits(&machine, "c", "cpu").join("syscont"), limits(&machine, "c", "cpuset").join("syscont"));
+    if !cpu.join("cpu.cfs_quota_us").exists() {
+        return;
+    }
+    let script = "cd /sys/fs/cgroup/cpu; mkdir -p a/b; echo 120000 >a/cpu.cfs_quota_us; echo 20000 >a/b/cpu.cfs_quota_us; \
+                  cd /sys/fs/cgroup/cpuset; for d in a a/b z; do mkdir $d; cat cpuset.mems >$d/cpuset.mems; cat cpuset.cpus >$d/cpuset.cpus; done; \
+                  echo 1 >a/b/cpuset.cpus; echo 1 >a/cpuset.cpus; mkdir none";
+    running.exec(script).ok();
+    machine.runc(&["update", "--cpu-quota", "50000", "c"]).ok();
+    assert_eq!(read(cpu.join("cpu.cfs_quota_us")), "50000");
+    assert_eq!(read(cpu.join("a/cpu.cfs_quota_us")), "-1", "what is above the new limit is bound by it");
+    assert_eq!(read(cpu.join("a/b/cpu.cfs_quota_us")), "20000", "what is below it stays");
+
+    let sets = || ["", "a", "a/b", "z", "none"].map(|dir| read(cpus.join(dir).join("cpuset.cpus")));
+    machine.runc(&["update", "--cpuset-cpus", "1", "c"]).ok();
+    assert_eq!(sets(), ["1", "1", "1", "1", ""]);
+    machine.runc(&["update", "--cpuset-cpus", "0-1", "c"]).ok();
+    assert_eq!(sets(), ["0-1", "1", "1", "1", ""], "what is narrower is not widened");
+    // From one that has nothing left they get what there is.
+    machine.runc(&["update", "--cpuset-cpus", "0", "c"]).ok();
+    assert_eq!(sets(), ["0", "0", "0", "0", ""]);
+}
+
 #[test]
 fn limits_that_make_no_sense_are_refused_and_change_nothing() {
     let machine = Machine::start();

@@ -124,7 +124,13 @@ impl Held {
     /// # Errors
     /// As pidfd_send_signal(2).
     pub fn kill(&self) -> Result<()> {
-        pidfd_send_signal(&self.pidfd, libc::SIGKILL)
+        self.signal(libc::SIGKILL)
+    }
+
+    /// # Errors
+    /// As pidfd_send_signal(2).
+    pub fn signal(&self, number: i32) -> Result<()> {
+        pidfd_send_signal(&self.pidfd, number)
     }
 
     /// To be asked after each look at /proc/PID, and before the answer is used.

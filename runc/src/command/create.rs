@@ -23,6 +23,7 @@ use crate::init::{Init, Role, own_stdio};
 use crate::launch::{Launch, LaunchError, step};
 use crate::limits::{self, Raise};
 use crate::plan::{self, Plan, Stage};
+use crate::residents;
 use crate::sink::Sink;
 use crate::state::{Home, State};
 use crate::survey::{self, Ground, Survey};
@@ -103,7 +104,7 @@ fn attempt<'a>(call: &Call<'_>, args: &CreateArgs, home: &'a Home, undo: &mut Un
     match finished {
         Ok(()) => Ok(state),
         Err(error) => {
-            state.cgroup.kill_all();
+            residents::kill_all(&state.cgroup, &state.id_map);
             for failure in state.cgroup.remove(home.key.id.as_str()) {
                 call.log.warn(&format!("cleaning up after a failed create: {failure}"));
             }
@@ -201,7 +202,7 @@ fn launch(
         Ok(init)
     });
     if finished.is_err() {
-        state.cgroup.kill_all();
+        residents::kill_all(&state.cgroup, &state.id_map);
         for failure in state.cgroup.remove(&args.id) {
             call.log.warn(&format!("cleaning up after a failed create: {failure}"));
         }

@@ -4,11 +4,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 use nix::errno::Errno;
+use sysbox_sys::process::Held;
 
 use super::Call;
 use crate::daemons::{Fs, Mgr};
-use crate::freezer;
 use crate::launch::{self, HookTime};
+use crate::residents;
 use crate::state::{Home, State, StateError, Status};
 use crate::undo::told;
 
@@ -49,14 +50,13 @@ fn end(state: &State) -> Result<()> {
     const LIMIT: Duration = Duration::from_secs(10);
     let ended = state.init.unwrap_or(state.creator);
     let deadline = Instant::now() + LIMIT;
-    if let Ok(process) = sysbox_sys::process::pidfd_open(ended) {
-        match sysbox_sys::process::pidfd_send_signal(&process, libc::SIGKILL) {
+    if let Ok(process) = Held::open(ended) {
+        match process.kill() {
             Err(error) if error.errno == Errno::ESRCH => {}
             other => other?,
         }
     }
-    release(state);
-    state.cgroup.kill_all();
+    residents::kill_all(&state.cgroup, &state.id_map);
     while sysbox_sys::process::is_alive(ended) {
         if Instant::now() > deadline {
             bail!("process {} is still there {} s after SIGKILL", ended.pid, LIMIT.as_secs());
@@ -71,9 +71,8 @@ fn end(state: &State) -> Result<()> {
 /// # Errors
 /// What could not be taken away.
 pub fn delete_stopped(call: &Call<'_>, home: &Home, state: &State) -> Result<()> {
-    release(state);
     // Processes may outlive init only where the pid namespace was shared; they go with the container.
-    state.cgroup.kill_all();
+    residents::kill_all(&state.cgroup, &state.id_map);
     let mut failures: Vec<String> =
         state.cgroup.remove(state.id.as_str()).iter().map(ToString::to_string).collect();
     failures.extend(told(Fs::connect(&call.global.run_dir).and_then(|fs| fs.unregister(&home.key))));
@@ -92,13 +91,6 @@ pub fn delete_stopped(call: &Call<'_>, home: &Home, state: &State) -> Result<()>
         failures.extend(told(home.save(&State { poststop_ran: true, ..state.clone() })));
     }
     finish(failures)
-}
-
-/// A frozen process does not die by version 1, be it frozen from outside or by the container itself.
-fn release(state: &State) {
-    if let Err(error) = freezer::release(&state.cgroup) {
-        tracing::debug!(%error, "not thawed");
-    }
 }
 
 fn finish(failures: Vec<String>) -> Result<()> {

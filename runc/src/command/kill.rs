@@ -5,11 +5,12 @@ use std::str::FromStr;
 use anyhow::{Result, bail};
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
+use sysbox_sys::process::Held;
 
 use super::Call;
 use crate::cli::KillArgs;
-use crate::freezer;
-use crate::state::{State, Status};
+use crate::residents;
+use crate::state::Status;
 
 /// # Errors
 /// No such container, no such signal, or a container that has stopped.
@@ -18,40 +19,26 @@ pub fn kill(call: &Call<'_>, args: &KillArgs) -> Result<()> {
     let state = home.load()?;
     let signal = number(&args.signal)?;
     if args.all {
-        for pid in state.cgroup.processes() {
-            send_to_pid(pid.as_raw(), signal)?;
+        residents::signal_all(&state.cgroup, signal)?;
+        if signal == libc::SIGKILL {
+            residents::kill_all(&state.cgroup, &state.id_map);
         }
-        return let_die(&state, signal);
+        return Ok(());
     }
     let status = home.status(&state);
     let (Some(init), Status::Created | Status::Running | Status::Paused) = (state.init, status) else {
         bail!("container not running");
     };
     // By descriptor: the pid cannot become another process between the look and the signal.
-    let process = sysbox_sys::process::pidfd_open(init)?;
-    match sysbox_sys::process::pidfd_send_signal(&process, signal) {
+    let process = Held::open(init)?;
+    match process.signal(signal) {
         Err(error) if error.errno == Errno::ESRCH => bail!("container not running"),
         other => other?,
     }
-    let_die(&state, signal)
-}
-
-/// The killed must be able to die: by version 1 what is frozen does not, and a container can freeze itself.
-fn let_die(state: &State, signal: i32) -> Result<()> {
     if signal == libc::SIGKILL {
-        freezer::release(&state.cgroup)?;
+        residents::see_off(&process, &state.cgroup, &state.id_map);
     }
     Ok(())
-}
-
-fn send_to_pid(pid: i32, signal: i32) -> Result<()> {
-    let Ok(process) = sysbox_sys::process::identify(pid) else { return Ok(()) };
-    match sysbox_sys::process::pidfd_open(process)
-        .and_then(|fd| sysbox_sys::process::pidfd_send_signal(&fd, signal))
-    {
-        Err(error) if error.errno == Errno::ESRCH => Ok(()),
-        other => Ok(other?),
-    }
 }
 
 /// A signal's number, from its number or its name with or without `SIG`, real-time ones included (`SIGRTMIN+3`).

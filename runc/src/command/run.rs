@@ -8,6 +8,7 @@ use super::delete::delete_stopped;
 use super::start::start_created;
 use crate::attend::{Attendance, Terminal};
 use crate::cli::RunArgs;
+use crate::residents;
 
 /// Returns the exit code for this process.
 ///
@@ -23,7 +24,7 @@ pub fn run(call: &Call<'_>, args: &RunArgs) -> Result<i32> {
     }
     let (home, state) = create(call, &create_args)?;
     if let Err(error) = start_created(call, &home, &state) {
-        state.cgroup.kill_all();
+        residents::kill_all(&state.cgroup, &state.id_map);
         delete_stopped(call, &home, &state)?;
         return Err(error);
     }

@@ -26,6 +26,7 @@ pub fn start_created(call: &Call<'_>, home: &Home, state: &State) -> Result<()> 
         Status::Running => bail!("cannot start an already running container"),
         Status::Creating => bail!("cannot start a container in the creating state"),
     }
+    state.cgroup.settle(state.id_map.root_uid(), state.id_map.root_gid())?;
     launch::start(&home.dir)?;
     tracing::debug!(id = home.key.id.as_str(), "started");
     if let Err(error) = launch::run_hooks(home, state, launch::HookTime::PostStart) {

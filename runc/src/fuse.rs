@@ -1,0 +1,83 @@
+//! FUSE connections of a container that has been killed. A process that holds the server's end of one and waits for an answer
+//! from it does not die by a signal: the request was read, so the kernel waits for its answer, and the descriptor whose
+//! closing would end the wait is closed by the exit that waits. From outside such a connection can be aborted (fusectl,
+//! Documentation/filesystems/fuse.rst).
+
+use std::collections::HashSet;
+use std::fs;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+
+use nix::fcntl::{OFlag, openat};
+use nix::sys::stat::Mode;
+use nix::unistd::Pid;
+use sysbox_ipc::IdMap;
+use sysbox_sys::mount::{Attributes, FsContext};
+use sysbox_sys::path::proc_path;
+
+use crate::cgroup::Cgroup;
+
+/// Aborts the connections that were made inside the container. Never one of sysbox-fs, or of a file system that the container
+/// was given: a connection belongs to an id that the user namespace has where it was mounted, and one that a process outside
+/// of the container has mounted is left alone (another container may have the same ids, if the network is shared).
+pub fn abort(cgroup: &Cgroup, ids: &IdMap) {
+    // A mount of our own, attached nowhere: the host need not have one. Without FUSE in the kernel there is none.
+    let control = FsContext::open("fusectl").and_then(|context| {
+        context.create()?;
+        context.mount(Attributes::default())
+    });
+    let control = match control {
+        Ok(control) => control,
+        Err(error) => return tracing::debug!(%error, "no control over FUSE connections"),
+    };
+    let own: Vec<String> = fs::read_dir(proc_path(control.as_fd()))
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter(|entry| entry.metadata().is_ok_and(|facts| ids.owns_host_uid(facts.uid())))
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .collect();
+    if own.is_empty() {
+        return;
+    }
+    let elsewhere = mounted_elsewhere(&cgroup.processes());
+    for number in own.iter().filter(|number| !elsewhere.contains(*number)) {
+        let file = format!("{number}/abort");
+        let opened = openat(&control, file.as_str(), OFlag::O_WRONLY | OFlag::O_CLOEXEC, Mode::empty());
+        let aborted = opened.and_then(|fd| nix::unistd::write(&fd, b"1"));
+        tracing::debug!(number, ?aborted, "a FUSE connection of the container's");
+    }
+}
+
+/// The device minors, which are the names of connections, of all FUSE file systems that processes other than these have.
+fn mounted_elsewhere(inside: &[Pid]) -> HashSet<String> {
+    let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).map(Pid::from_raw);
+    let others = pids.filter(|pid| !inside.contains(pid));
+    others
+        .filter_map(|pid| fs::read_to_string(format!("/proc/{pid}/mountinfo")).ok())
+        .flat_map(|text| fuse_minors(&text))
+        .collect()
+}
+
+fn fuse_minors(mountinfo: &str) -> Vec<String> {
+    let minor = |line: &str| {
+        let (head, tail) = line.split_once(" - ")?;
+        let kind = tail.split(' ').next()?;
+        let minor = head.split(' ').nth(2)?.strip_prefix("0:")?;
+        (kind == "fuse" || kind.starts_with("fuse.")).then(|| minor.to_owned())
+    };
+    mountinfo.lines().filter_map(minor).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::fuse_minors;
+
+    #[test]
+    fn connections_are_found_among_mounts() {
+        let text = "22 1 0:40 / /a rw - fuse x rw,user_id=0\n23 1 0:41 / /b rw shared:1 - fuse.sshfs y rw\n\
+                    24 1 8:1 / /c rw - fuseblk z rw\n25 1 0:42 / /d rw - tmpfs fuse rw\n26 1 0:43 / /e rw - fusectl f rw\n";
+        assert_eq!(fuse_minors(text), ["40", "41"]);
+    }
+}
