@@ -8,6 +8,7 @@ pub mod aside;
 mod beneath;
 pub mod coherence;
 pub mod facts;
+pub mod flags;
 pub mod instance;
 pub mod ledger;
 pub mod observe;

@@ -14,6 +14,7 @@ use sysbox_ipc::IdRange;
 use sysbox_ipc::mgr::{Phase, SOCKET};
 use sysbox_log::{Format, Target};
 use sysbox_mgr::coherence::Coherence;
+use sysbox_mgr::flags::Flags;
 use sysbox_mgr::ledger::{Foreign, Ledger};
 use sysbox_mgr::server::Server;
 use sysbox_mgr::store::Store;
@@ -52,6 +53,8 @@ struct Arguments {
     /// Where subuid, subgid, passwd and group are (for tests)
     #[arg(long, value_name = "DIR", default_value = "/etc", hide = true)]
     subid_files: PathBuf,
+    #[command(flatten)]
+    sysbox: Flags,
     #[command(subcommand)]
     command: Option<Internal>,
 }
@@ -124,8 +127,12 @@ fn serve(arguments: &Arguments, log: &Target) -> anyhow::Result<()> {
         log = ?arguments.log,
         log_level = %arguments.log_level,
         log_format = ?arguments.log_format,
+        flags = ?arguments.sysbox.given,
         "sysbox-mgr starts"
     );
+    for (flag, why) in &arguments.sysbox.needless {
+        info!(flag, why, "the flag changes nothing");
+    }
     let _instance = instance::Instance::take(run_dir, data_root)?;
     let pool = subid::ensure(&arguments.subid_files, arguments.subid_range)?;
     let _ids = instance::hold_ids(&arguments.subid_files.join("subuid"))?;
@@ -161,7 +168,7 @@ fn serve(arguments: &Arguments, log: &Target) -> anyhow::Result<()> {
     let coherence = Coherence::start()
         .inspect_err(|error| warn!(%error, "what an engine writes into a running container may show late"))
         .ok();
-    let mut server = Server::new(ledger, store, watch, facts, coherence);
+    let mut server = Server::new(ledger, store, watch, facts, arguments.sysbox.defaults, coherence);
     tell("READY=1");
     info!(socket = %path.display(), "ready");
     loop {

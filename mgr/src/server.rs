@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use sysbox_ipc::mgr::{Grant, HostFacts, Phase, Process, Record, Register, Reply, Request, Rootfs};
+use sysbox_ipc::mgr::{Defaults, Grant, HostFacts, Phase, Process, Record, Register, Reply, Request, Rootfs};
 use sysbox_ipc::{ContainerKey, Hello, MAX_MESSAGE, PROTOCOL_VERSION, Refusal, RefusalKind};
 use sysbox_sys::process::is_alive;
 use sysbox_sys::socket::{Connection, Listener, SocketError};
@@ -38,6 +38,7 @@ pub struct Server {
     store: Store,
     watch: Watch,
     facts: HostFacts,
+    defaults: Defaults,
     vault: Vault,
     coherence: Option<Coherence>,
     peers: BTreeMap<u64, Peer>,
@@ -65,10 +66,11 @@ impl Server {
         store: Store,
         watch: Watch,
         facts: HostFacts,
+        defaults: Defaults,
         coherence: Option<Coherence>,
     ) -> Self {
         let (vault, peers, releasing) = (Vault::default(), BTreeMap::new(), BTreeSet::new());
-        let mut server = Self { ledger, store, watch, facts, vault, coherence, peers, releasing };
+        let mut server = Self { ledger, store, watch, facts, defaults, vault, coherence, peers, releasing };
         server.sweep();
         let kept: Vec<Record> = server.ledger.records().cloned().collect();
         for record in kept {
@@ -231,6 +233,7 @@ impl Server {
             share_with: registered.share_with,
             same_rootfs: registered.same_rootfs,
             facts: self.facts.clone(),
+            defaults: self.defaults,
         })
     }
 

@@ -62,14 +62,14 @@ impl Init {
     fn prepare(&self) -> Result<(), String> {
         let entry = &self.entry;
         if self.role == Role::First {
-            let hidden = std::fs::set_permissions("/dev/.sysbox", std::fs::Permissions::from_mode(0o700));
-            hidden.map_err(|error| format!("chmod(/dev/.sysbox): {error}"))?;
             // libcontainer makes directories below /dev without a umask.
-            match std::fs::set_permissions("/dev/net", std::fs::Permissions::from_mode(0o755)) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(format!("chmod(/dev/net): {error}"));
+            for (path, mode) in [("/dev/.sysbox", 0o700), ("/dev/net", 0o755)] {
+                match std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)) {
+                    Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                        return Err(format!("chmod({path}): {error}"));
+                    }
+                    _ => {}
                 }
-                _ => {}
             }
             let made = std::fs::DirBuilder::new().recursive(true).mode(0o755).create(&entry.cwd);
             made.map_err(|error| format!("mkdir {}: {error}", entry.cwd.display()))?;
@@ -113,7 +113,9 @@ impl Init {
             nix::sys::stat::umask(Mode::from_bits_truncate(umask));
         }
         let capability = |error: caps::errors::CapsError| format!("set capabilities: {error}");
-        for dropped in caps::read(None, CapSet::Bounding).map_err(capability)?.difference(&entry.bounding) {
+        for dropped in
+            caps::read(None, CapSet::Bounding).map_err(capability)?.difference(&entry.capabilities.bounding)
+        {
             caps::drop(None, CapSet::Bounding, *dropped).map_err(capability)?;
         }
         nix::sys::prctl::set_keepcaps(true).map_err(said("prctl(PR_SET_KEEPCAPS)"))?;
@@ -132,12 +134,17 @@ impl Init {
             HashSet::new()
         };
         let permitted = caps::read(None, CapSet::Permitted).map_err(capability)?;
-        let kept =
-            permitted.intersection(&entry.effective.union(&needed).copied().collect()).copied().collect();
-        caps::clear(None, CapSet::Inheritable).map_err(capability)?;
+        let within = |wanted: &HashSet<Capability>| -> HashSet<Capability> {
+            permitted.iter().filter(|one| wanted.contains(one) || needed.contains(one)).copied().collect()
+        };
+        let (sets, held) = (&entry.capabilities, within(&entry.capabilities.permitted));
         caps::clear(None, CapSet::Ambient).map_err(capability)?;
-        caps::set(None, CapSet::Effective, &kept).map_err(capability)?;
-        caps::set(None, CapSet::Permitted, &kept).map_err(capability)?;
+        caps::set(None, CapSet::Effective, &within(&sets.effective)).map_err(capability)?;
+        caps::set(None, CapSet::Permitted, &held).map_err(capability)?;
+        let inherited = sets.inheritable.intersection(&held).copied().collect();
+        caps::set(None, CapSet::Inheritable, &inherited).map_err(capability)?;
+        let ambient = sets.ambient.intersection(&inherited).copied().collect();
+        caps::set(None, CapSet::Ambient, &ambient).map_err(capability)?;
         if let Some(filter) = &self.filter {
             sysbox_sys::seccomp::load(&filter.program, filter.flags).map_err(|error| error.to_string())?;
         }

@@ -15,6 +15,7 @@ use crate::cgroup::Cgroup;
 use crate::filter::Filter;
 use crate::freezer::Freezer;
 use crate::launch::START_SOCKET;
+use crate::plan::Settings;
 
 const STATE: &str = "state.json";
 const SPEC: &str = "spec.json";
@@ -66,6 +67,8 @@ pub struct State {
     #[serde(default)]
     pub poststop_ran: bool,
     pub facts: HostFacts,
+    #[serde(default)]
+    pub settings: Settings,
     /// As the engine asked for it; the base of an `exec` by flags.
     pub process: oci_spec::runtime::Process,
 }

@@ -17,6 +17,7 @@ pub struct Machine {
     mgr: Option<Child>,
     fs: Option<Child>,
     range: String,
+    flags: Vec<String>,
 }
 
 /// Which of the 64 id places of the test beds a machine takes: tests run side by side, in this process and in others.
@@ -69,6 +70,11 @@ pub fn programs() -> PathBuf {
 
 impl Machine {
     pub fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    /// As [`Machine::start`], with more flags for sysbox-mgr.
+    pub fn start_with(flags: &[&str]) -> Self {
         assert!(nix::unistd::geteuid().is_root(), "need: root");
         let dir = tempfile::Builder::new().prefix("sysbox-test-").tempdir().expect("a temporary directory");
         // Inits in their user namespaces look mount sources up below this.
@@ -78,7 +84,13 @@ impl Machine {
         // Below the ids of test beds and of the user's containers; another process's tests take other places.
         let place = (std::process::id().wrapping_mul(7) + NEXT.fetch_add(1, Ordering::Relaxed)) % 1024;
         let range = format!("{}:1048576", 536_870_912 + place * 1_048_576);
-        let mut machine = Self { dir, mgr: None, fs: None, range };
+        let mut machine = Self {
+            dir,
+            mgr: None,
+            fs: None,
+            range,
+            flags: flags.iter().map(|flag| (*flag).to_owned()).collect(),
+        };
         machine.start_mgr();
         machine.start_fs();
         machine
@@ -99,6 +111,7 @@ impl Machine {
             .arg(self.path("run"))
             .arg("--log")
             .arg(self.path("mgr.log"))
+            .args(&self.flags)
             .stdin(Stdio::null())
             .spawn()
             .expect("start sysbox-mgr");

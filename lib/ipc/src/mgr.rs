@@ -195,6 +195,33 @@ pub struct Grant {
     #[serde(default)]
     pub same_rootfs: Option<ContainerKey>,
     pub facts: HostFacts,
+    #[serde(default)]
+    pub defaults: Defaults,
+}
+
+/// How containers are made that do not say otherwise: the manager's flags.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Defaults {
+    /// The capabilities of the spec, instead of all for root and none for others.
+    pub honor_caps: bool,
+    /// A machine; else an ordinary container, in a user namespace of its own.
+    pub syscont_mode: bool,
+    /// /sys and /proc stay writable in a container whose root file system is read-only.
+    pub relaxed_read_only: bool,
+    /// A bind source that cannot be id-shifted is a refusal and not a warning.
+    pub fsuid_map_fail_on_error: bool,
+}
+
+impl Default for Defaults {
+    fn default() -> Self {
+        Self {
+            honor_caps: false,
+            syscont_mode: true,
+            relaxed_read_only: false,
+            fsuid_map_fail_on_error: false,
+        }
+    }
 }
 
 /// One container on disk and in memory.

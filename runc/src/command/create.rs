@@ -8,7 +8,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use nix::sched::{CloneFlags, setns};
 use nix::unistd::Pid;
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
-use sysbox_ipc::mgr::{Claim, FileId, Grant, Process, Register, Rootfs};
+use sysbox_ipc::mgr::{Claim, Defaults, FileId, Grant, Process, Register, Rootfs};
 use sysbox_sys::path::proc_path;
 use sysbox_sys::process::Held;
 
@@ -22,7 +22,7 @@ use crate::filter::{self, Filter};
 use crate::init::{Init, Role, own_stdio};
 use crate::launch::{Launch, LaunchError, step};
 use crate::limits::{self, Raise};
-use crate::plan::{self, Plan, Stage};
+use crate::plan::{self, Plan, Settings, Stage};
 use crate::residents;
 use crate::sink::Sink;
 use crate::state::{Home, State};
@@ -55,6 +55,7 @@ fn attempt<'a>(call: &Call<'_>, args: &CreateArgs, home: &'a Home, undo: &mut Un
     let bundle = bundle::read(&args.bundle)?;
     let survey = survey::look(&bundle)?;
     let own_map = plan::own_map(&bundle.spec)?;
+    settings_of(&bundle, Defaults::default())?;
     tracing::debug!(bundle = %bundle.dir.display(), rootfs = %bundle.rootfs.display(), "the bundle is read");
     let given = Given::open(&bundle.spec)?;
     let register = register(home, &bundle, &survey, own_map, &given)?;
@@ -73,7 +74,8 @@ fn attempt<'a>(call: &Call<'_>, args: &CreateArgs, home: &'a Home, undo: &mut Un
     undo.push(move || told(unregistered.unregister(&home.key)));
 
     let stage = Stage::below(&call.global.run_dir);
-    let plan = plan::plan(&bundle, &survey, &grant, &stage, &prepared)?;
+    let settings = settings_of(&bundle, grant.defaults)?;
+    let plan = plan::plan(&bundle, &survey, &grant, &stage, &prepared, &settings)?;
     plan.entry.apparmor.as_deref().map(survey::require_profile).transpose()?;
     for warning in &plan.warnings {
         call.log.warn(warning);
@@ -83,7 +85,7 @@ fn attempt<'a>(call: &Call<'_>, args: &CreateArgs, home: &'a Home, undo: &mut Un
     let asked = bundle.spec.linux().as_ref().and_then(|linux| linux.cgroups_path().clone());
     let cgroup = locate(asked.as_deref(), &home.key.slug(), call.global.systemd_cgroup)?;
     cgroup.require_free()?;
-    let mut state = state_of(home, &bundle, &grant, cgroup)?;
+    let mut state = state_of(home, &bundle, &grant, cgroup, settings)?;
     // From here on a `delete --force` after our death finds what to take away.
     home.save(&state)?;
     tracing::debug!(cgroup = ?state.cgroup, filtered = filter.is_some(), "planned");
@@ -194,7 +196,11 @@ fn launch(
     let finished = made.and_then(|init| {
         let pid = Pid::from_raw(init.pid);
         state.cgroup.delegate(pid, grant.id_map.root_uid(), grant.id_map.root_gid())?;
-        let raise = if grant.facts.raise_rlimits { Raise::Yes } else { Raise::No };
+        let raise = if grant.facts.raise_rlimits && state.settings.common.syscont_mode {
+            Raise::Yes
+        } else {
+            Raise::No
+        };
         limits::apply(init.pid, &plan.limits, raise)?;
         if let Some(score) = plan.oom_score_adj {
             limits::oom_score(init.pid, score)?;
@@ -244,7 +250,18 @@ fn claims(bundle: &Bundle, survey: &Survey) -> Vec<Claim> {
     plan::wanted(bundle, &survey.ground).into_iter().filter_map(claim).collect()
 }
 
-fn state_of(home: &Home, bundle: &Bundle, grant: &Grant, cgroup: Cgroup) -> Result<State> {
+fn settings_of(bundle: &Bundle, defaults: Defaults) -> Result<Settings, plan::SettingError> {
+    let env = bundle.spec.process().as_ref().and_then(|process| process.env().as_deref());
+    Settings::read(env.unwrap_or_default(), defaults)
+}
+
+fn state_of(
+    home: &Home,
+    bundle: &Bundle,
+    grant: &Grant,
+    cgroup: Cgroup,
+    settings: Settings,
+) -> Result<State> {
     let process = bundle.spec.process().clone().ok_or_else(|| anyhow!("/process: is missing"))?;
     Ok(State {
         version: State::new_version(),
@@ -256,6 +273,7 @@ fn state_of(home: &Home, bundle: &Bundle, grant: &Grant, cgroup: Cgroup) -> Resu
         annotations: bundle.spec.annotations().clone().unwrap_or_default(),
         id_map: grant.id_map.clone(),
         facts: grant.facts.clone(),
+        settings,
         cgroup,
         creator: sysbox_sys::process::myself()?,
         init: None,

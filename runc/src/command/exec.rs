@@ -33,8 +33,11 @@ pub fn exec(call: &Call<'_>, args: &ExecArgs) -> Result<i32> {
         bail!("cannot exec in a paused container (use --ignore-paused to override)");
     }
     crate::cgroup::begin_grace_period();
-    let process = process_of(args, &state.process)?;
-    let entry = plan::entry(&process, &state.id_map, &state.facts)?;
+    let mut process = process_of(args, &state.process)?;
+    let mut env = process.env().clone().unwrap_or_default();
+    let settings = state.settings.take_from(&mut env)?;
+    process.set_env(Some(env));
+    let entry = plan::entry(&process, &state.id_map, &state.facts, &settings)?;
     entry.apparmor.as_deref().map(crate::survey::require_profile).transpose()?;
     let reduced = plan::for_libcontainer(process.clone(), entry.apparmor.clone());
     let created = home.load_spec()?;
@@ -66,7 +69,8 @@ pub fn exec(call: &Call<'_>, args: &ExecArgs) -> Result<i32> {
         no_pivot: false,
         init: Init::new(entry, filter, Role::Later, Some(format!("_ses.{}", args.id)), sink),
     };
-    let raise = if state.facts.raise_rlimits { Raise::Yes } else { Raise::No };
+    let raise =
+        if state.facts.raise_rlimits && state.settings.common.syscont_mode { Raise::Yes } else { Raise::No };
     let enter = || {
         let entered = state.cgroup.enter_for_exec(&init).and_then(|()| state.cgroup.path_for_exec(&init));
         entered.map_err(|e| LaunchError::Cgroup(e.to_string()))

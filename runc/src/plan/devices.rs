@@ -43,7 +43,7 @@ const MACHINE: &[(&str, u32, u32)] = &[("/dev/fuse", 10, 229), ("/dev/net/tun", 
 /// Made by devpts and the console; a listed node would be in the way (`--privileged` lists them).
 const NOT_NODES: &[&str] = &["/dev/ptmx", "/dev/console", "/dev/pts", "/dev/kmsg"];
 
-pub(super) fn plan(spec: &Spec, survey: &Survey, map: &IdMap) -> Result<Vec<Node>, PlanError> {
+pub(super) fn plan(spec: &Spec, survey: &Survey, map: &IdMap, machine: bool) -> Result<Vec<Node>, PlanError> {
     let plain = |path: &str, major, minor, standard| Node {
         path: PathBuf::from(path),
         typ: LinuxDeviceType::C,
@@ -56,8 +56,8 @@ pub(super) fn plan(spec: &Spec, survey: &Survey, map: &IdMap) -> Result<Vec<Node
     };
     let mut nodes: Vec<Node> =
         STANDARD.iter().map(|(path, major, minor)| plain(path, *major, *minor, true)).collect();
-    let machine = MACHINE.iter().filter(|(path, ..)| survey.present.contains(path));
-    nodes.extend(machine.map(|(path, major, minor)| plain(path, *major, *minor, false)));
+    let added = MACHINE.iter().filter(|(path, ..)| machine && survey.present.contains(path));
+    nodes.extend(added.map(|(path, major, minor)| plain(path, *major, *minor, false)));
     let asked = spec.linux().as_ref().and_then(|linux| linux.devices().as_ref()).into_iter().flatten();
     // `--privileged` lists every device of the host: a machine has none of them (docs/SECURITY.md).
     let everything = spec.linux().as_ref().and_then(|l| l.resources().as_ref()).is_some_and(allows_all);

@@ -6,6 +6,7 @@ mod devices;
 mod mounts;
 mod process;
 mod profile;
+mod settings;
 
 use std::path::{Path, PathBuf};
 
@@ -24,6 +25,7 @@ pub use claims::{Wanted, wanted};
 pub use devices::Node;
 pub use mounts::{Attributes, Bind, Extent, Place, Receives, Shift, Target, TargetKind};
 pub use process::{Entry, entry, for_libcontainer};
+pub use settings::{SettingError, Settings};
 
 /// Where the plan will be carried out: paths in the runtime's private mount namespace.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -165,6 +167,7 @@ pub fn plan(
     grant: &Grant,
     stage: &Stage,
     prepared: &Prepared,
+    settings: &Settings,
 ) -> Result<Plan, PlanError> {
     if survey.dev_is_link {
         return Err(PlanError::DevIsLink);
@@ -176,6 +179,7 @@ pub fn plan(
     let shifted = survey.root_owner == (map.root_uid(), map.root_gid());
     let root = Root { shift: if shifted { Shift::Never } else { Shift::Must }, read_only };
     let mut warnings: Vec<String> = open_rootfs(bundle, survey, root).into_iter().collect();
+    warnings.extend(settings.needless.iter().map(|why| (*why).to_owned()));
     if let Some(other) = grant.same_rootfs.as_ref().filter(|_| !read_only) {
         warnings.push(format!(
             "rootfs {}: container `{other}` runs on it as well, and neither expects the other's writes; hint: give each a \
@@ -184,10 +188,10 @@ pub fn plan(
         ));
     }
 
-    let mounted = mounts::plan(bundle, survey, map, stage, prepared, root, &mut warnings)?;
-    let nodes = devices::plan(&spec, survey, map)?;
+    let mounted = mounts::plan(bundle, survey, map, stage, prepared, root, settings, &mut warnings)?;
+    let nodes = devices::plan(&spec, survey, map, settings.common.syscont_mode)?;
     let process = spec.process().clone().unwrap_or_default();
-    let entry = process::entry(&process, map, &grant.facts)?;
+    let entry = process::entry(&process, map, &grant.facts, settings)?;
 
     let mut linux = spec.linux().clone().unwrap_or_default();
     linux.set_namespaces(Some(namespaces(&linux, grant)));
@@ -199,14 +203,15 @@ pub fn plan(
         linux.set_time_offsets(Some(since_now(survey.boottime_ns)?));
     }
     linux.set_devices(Some(devices::listed(&nodes)));
-    let seccomp = profile::widen(linux.seccomp().clone());
+    let asked = linux.seccomp().clone();
+    let seccomp = if settings.common.syscont_mode { profile::widen(asked) } else { asked };
     linux.set_seccomp(None);
     linux.set_masked_paths(Some(mounted.masked));
     linux.set_readonly_paths(Some(mounted.read_only));
     let resources = devices::rules(linux.resources().clone().unwrap_or_default(), &nodes);
     linux.set_resources(None);
     // Machines expect their root to be shared: mount propagation inside (kubelet, containerd) depends on it.
-    if linux.rootfs_propagation().is_none() {
+    if settings.common.syscont_mode && linux.rootfs_propagation().is_none() {
         linux.set_rootfs_propagation(Some("shared".to_owned()));
     }
     linux.set_cgroups_path(None);

@@ -12,7 +12,7 @@ use sysbox_ipc::IdMap;
 use sysbox_ipc::fs::Prepared;
 use sysbox_ipc::mgr::DATA_ROOTS;
 
-use super::{LayerRoot, PlanError, Root, Stage, lines};
+use super::{LayerRoot, PlanError, Root, Settings, Stage, lines};
 use crate::bundle::Bundle;
 use crate::survey::{Ground, OVERLAY_MAGIC, Source, Survey, is_bind, source_path};
 
@@ -147,11 +147,12 @@ pub(super) fn plan(
     stage: &Stage,
     prepared: &Prepared,
     root: Root,
+    settings: &Settings,
     warnings: &mut Vec<String>,
 ) -> Result<Mounted, PlanError> {
     let asked: Vec<Mount> = bundle.spec.mounts().iter().flatten().cloned().map(normal).collect();
     let mut planner =
-        Planner { bundle, survey, map, stage, root, warnings, done: Mounted::default(), staged: 0 };
+        Planner { bundle, survey, map, stage, root, settings, warnings, done: Mounted::default(), staged: 0 };
     if !asked.iter().any(|mount| mount.destination() == Path::new("/dev")) {
         // libcontainer makes devices by path there: never in the image's own directory, whose links it would follow.
         let options = ["nosuid", "strictatime", "mode=755", "size=65536k"];
@@ -170,16 +171,20 @@ pub(super) fn plan(
 
 /// `destination` without `.`, `..` and double slashes, as a path inside a root.
 pub(super) fn normal(mut mount: Mount) -> Mount {
+    mount.set_destination(clean(mount.destination()));
+    mount
+}
+
+pub(super) fn clean(path: &Path) -> PathBuf {
     let mut clean = PathBuf::from("/");
-    for part in mount.destination().components() {
+    for part in path.components() {
         match part {
             Component::Normal(name) => clean.push(name),
             Component::ParentDir => drop(clean.pop()),
             Component::RootDir | Component::CurDir | Component::Prefix(_) => {}
         }
     }
-    mount.set_destination(clean);
-    mount
+    clean
 }
 
 /// The mount of the list whose destination is the nearest above `at`'s.
@@ -263,6 +268,7 @@ struct Planner<'a> {
     map: &'a IdMap,
     stage: &'a Stage,
     root: Root,
+    settings: &'a Settings,
     warnings: &'a mut Vec<String>,
     done: Mounted,
     staged: usize,
@@ -278,17 +284,23 @@ impl Planner<'_> {
         if is_bind(asked) && !below_cgroup {
             return self.bind(at, asked, locked);
         }
+        if !self.machine() && !below_cgroup {
+            self.done.mounts.push(asked.clone());
+            return Ok(());
+        }
         match destination.to_str() {
             Some("/proc") => self.done.mounts.push(mount(destination, "proc", "proc", &NO)),
             Some("/sys") => {
                 let mut options = NO.to_vec();
-                if self.root.read_only {
+                if self.is_frozen() {
                     options.push("ro");
                 }
                 self.done.mounts.push(mount(destination, "sysfs", "sysfs", &options));
             }
             Some("/sys/fs/cgroup") => {
-                let options = [NO.as_slice(), &["relatime", "rw"]].concat();
+                let asked_read_only = attributes(asked).0.read_only;
+                let access = if self.machine() || !asked_read_only { "rw" } else { "ro" };
+                let options = [NO.as_slice(), &["relatime", access]].concat();
                 self.done.mounts.push(mount(destination, "cgroup", "cgroup", &options));
             }
             // The container's own hierarchies show what the engine's single mounts would have.
@@ -359,6 +371,9 @@ impl Planner<'_> {
 
     fn shift_of(&self, asked: &Mount, source: &Source) -> Shift {
         let idmap = |option: &String| option == "idmap" || option == "ridmap";
+        if self.settings.unshifted.contains(asked.destination()) {
+            return Shift::Never;
+        }
         let wants = has_map(asked) || asked.options().iter().flatten().any(idmap);
         let owned = self.map.owns_host_uid(source.uid);
         if wants {
@@ -368,9 +383,20 @@ impl Planner<'_> {
         } else if self.root.shift == Shift::Never {
             // userns-remap: the user was told to give his sources to the mapped root.
             Shift::Never
+        } else if self.settings.common.fsuid_map_fail_on_error {
+            Shift::Must
         } else {
             Shift::Try
         }
+    }
+
+    fn machine(&self) -> bool {
+        self.settings.common.syscont_mode
+    }
+
+    /// Whether the kernel's own file systems are read-only with the root, too.
+    fn is_frozen(&self) -> bool {
+        self.root.read_only && !self.settings.common.relaxed_read_only
     }
 
     fn number(&mut self) -> usize {
@@ -381,7 +407,7 @@ impl Planner<'_> {
     /// What a machine has and no engine asks for.
     fn machine_mounts(&mut self, asked: &[Mount], prepared: &Prepared) {
         let taken = |path: &str| asked.iter().any(|mount| mount.destination() == Path::new(path));
-        if !taken("/sys/fs/cgroup") {
+        if self.machine() && !taken("/sys/fs/cgroup") {
             self.done.mounts.push(mount(
                 "/sys/fs/cgroup",
                 "cgroup",
@@ -394,6 +420,12 @@ impl Planner<'_> {
             if !taken(&inside) {
                 self.done.mounts.push(mount(inside, "bind", prepared.directory.join(leaf), &["bind"]));
             }
+        }
+        if !self.machine() {
+            return;
+        }
+        if self.root.read_only {
+            self.must_be_writable(&taken);
         }
         // systemd mounts these, and fails where it may not; a tmpfs of ours satisfies it.
         for path in ["/sys/kernel/debug", "/sys/kernel/tracing", "/sys/kernel/config"] {
@@ -410,9 +442,19 @@ impl Planner<'_> {
         self.done.mounts.push(mount(PRISTINE_SYS, "sysfs", "sysfs", &NO));
     }
 
+    /// Where a machine's programs write, whatever holds its root.
+    fn must_be_writable(&mut self, taken: &dyn Fn(&str) -> bool) {
+        for (path, mode) in [("/run", "mode=755"), ("/tmp", "mode=1777")] {
+            if !taken(path) {
+                let options = [NO.as_slice(), &["rw", mode, "size=64m"]].concat();
+                self.done.mounts.push(mount(path, "tmpfs", "tmpfs", &options));
+            }
+        }
+    }
+
     /// Data roots in the container's own layer: an overlay cannot be the upper layer of another, its upper directory can.
     fn layer_roots(&mut self, asked: &[Mount]) {
-        if !matches!(self.survey.ground, Ground::Overlay(_)) || self.root.read_only {
+        if !self.machine() || !matches!(self.survey.ground, Ground::Overlay(_)) || self.root.read_only {
             return;
         }
         for path in DATA_ROOTS {
@@ -440,7 +482,8 @@ impl Planner<'_> {
     fn hidden_paths(&mut self) {
         let Some(linux) = self.bundle.spec.linux() else { return };
         let of_kernel = |path: &str| ["/proc", "/sys"].iter().any(|top| Path::new(path).starts_with(top));
-        let kept = |path: &&String| !UNMASKED.contains(&path.as_str());
+        let machine = self.machine();
+        let kept = |path: &&String| !machine || !UNMASKED.contains(&path.as_str());
         for path in linux.masked_paths().iter().flatten().filter(kept) {
             if of_kernel(path) {
                 self.done.masked.push(path.clone());
@@ -454,6 +497,9 @@ impl Planner<'_> {
             } else {
                 self.done.frozen.push(PathBuf::from(path));
             }
+        }
+        if machine && self.is_frozen() {
+            self.done.read_only.push("/proc/sys".to_owned());
         }
     }
 

@@ -4,11 +4,11 @@ use std::collections::HashSet;
 use std::path::PathBuf;
 
 use caps::Capability;
-use oci_spec::runtime::{Process, UserBuilder};
+use oci_spec::runtime::{LinuxCapabilities, Process, UserBuilder};
 use sysbox_ipc::IdMap;
 use sysbox_ipc::mgr::HostFacts;
 
-use super::PlanError;
+use super::{PlanError, Settings};
 
 /// The last stage of a start, carried out inside the container by `init.rs`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,24 +20,65 @@ pub struct Entry {
     pub gid: u32,
     pub groups: Vec<u32>,
     pub umask: Option<u32>,
-    pub bounding: HashSet<Capability>,
-    /// Permitted and effective alike. Inheritable and ambient stay empty: they would hand capabilities to programs that
-    /// were never meant to have them (CVE-2022-24769).
-    pub effective: HashSet<Capability>,
+    pub capabilities: Capabilities,
     pub no_new_privileges: bool,
     /// Where libcontainer is to apply one.
     pub apparmor: Option<String>,
+}
+
+/// The five sets of capabilities(7).
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Capabilities {
+    pub bounding: HashSet<Capability>,
+    pub permitted: HashSet<Capability>,
+    pub effective: HashSet<Capability>,
+    pub inheritable: HashSet<Capability>,
+    pub ambient: HashSet<Capability>,
+}
+
+impl Capabilities {
+    /// Of a machine: root has every capability, another user none that is effective. Inheritable and ambient ones would
+    /// hand capabilities to programs that were never meant to have them (CVE-2022-24769).
+    fn of_machine(uid: u32) -> Self {
+        let all = caps::all();
+        let own = if uid == 0 { all.clone() } else { HashSet::new() };
+        Self { bounding: all, permitted: own.clone(), effective: own, ..Self::default() }
+    }
+
+    /// Of the spec, no more. Without any in it, there are none, as with runc.
+    fn of_spec(asked: Option<&LinuxCapabilities>) -> Self {
+        let set = |names: &Option<HashSet<oci_spec::runtime::Capability>>| -> HashSet<Capability> {
+            // What this kernel's table has not, nobody can have.
+            names.iter().flatten().filter_map(|name| format!("CAP_{name}").parse().ok()).collect()
+        };
+        let Some(asked) = asked else { return Self::default() };
+        let (permitted, inheritable) = (set(asked.permitted()), set(asked.inheritable()));
+        let both: HashSet<Capability> = permitted.intersection(&inheritable).copied().collect();
+        Self {
+            bounding: set(asked.bounding()),
+            effective: set(asked.effective()).intersection(&permitted).copied().collect(),
+            // The kernel's rule: ambient ones are permitted and inheritable (capabilities(7)).
+            ambient: set(asked.ambient()).intersection(&both).copied().collect(),
+            permitted,
+            inheritable,
+        }
+    }
 }
 
 /// Profiles that engines give to every container. They refuse mount(2), without which no machine boots.
 const ENGINE_PROFILES: &[&str] =
     &["docker-default", "containers-default", "crio-default", "cri-containerd.apparmor.d"];
 
-/// Decides what the process becomes: root has every capability, another user none that is effective.
+/// Decides what the process becomes.
 ///
 /// # Errors
 /// An id that is not mapped; an AppArmor profile that cannot be applied.
-pub fn entry(process: &Process, map: &IdMap, facts: &HostFacts) -> Result<Entry, PlanError> {
+pub fn entry(
+    process: &Process,
+    map: &IdMap,
+    facts: &HostFacts,
+    settings: &Settings,
+) -> Result<Entry, PlanError> {
     let user = process.user();
     let groups = user.additional_gids().clone().unwrap_or_default();
     if map.host_uid(user.uid()).is_none() {
@@ -48,7 +89,12 @@ pub fn entry(process: &Process, map: &IdMap, facts: &HostFacts) -> Result<Entry,
             return Err(PlanError::UnmappedId { kind: "gid", id: gid, last: last(map.gids()) });
         }
     }
-    let all = caps::all();
+    let machine = settings.common.syscont_mode;
+    let capabilities = if machine && !settings.common.honor_caps {
+        Capabilities::of_machine(user.uid())
+    } else {
+        Capabilities::of_spec(process.capabilities().as_ref())
+    };
     Ok(Entry {
         args: process.args().clone().unwrap_or_default(),
         env: process.env().clone().unwrap_or_default(),
@@ -57,10 +103,9 @@ pub fn entry(process: &Process, map: &IdMap, facts: &HostFacts) -> Result<Entry,
         gid: user.gid(),
         groups,
         umask: user.umask(),
-        effective: if user.uid() == 0 { all.clone() } else { HashSet::new() },
-        bounding: all,
+        capabilities,
         no_new_privileges: process.no_new_privileges().unwrap_or(false),
-        apparmor: apparmor(process.apparmor_profile().as_deref(), facts)?,
+        apparmor: apparmor(process.apparmor_profile().as_deref(), facts, machine)?,
     })
 }
 
@@ -68,10 +113,12 @@ fn last(lines: &[sysbox_ipc::IdMapLine]) -> u32 {
     lines.iter().map(|line| line.inside + (line.count - 1)).max().unwrap_or_default()
 }
 
-fn apparmor(asked: Option<&str>, facts: &HostFacts) -> Result<Option<String>, PlanError> {
+fn apparmor(asked: Option<&str>, facts: &HostFacts, machine: bool) -> Result<Option<String>, PlanError> {
     match asked {
         None | Some("" | "unconfined") => Ok(None),
-        Some(profile) if ENGINE_PROFILES.iter().any(|engine| profile.starts_with(engine)) => Ok(None),
+        Some(profile) if machine && ENGINE_PROFILES.iter().any(|engine| profile.starts_with(engine)) => {
+            Ok(None)
+        }
         Some(profile) if !facts.apparmor => Err(PlanError::NoAppArmor { profile: profile.to_owned() }),
         Some(profile) => Ok(Some(profile.to_owned())),
     }

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Component;
 use sysbox_ipc::IdRange;
-use sysbox_ipc::mgr::{DATA_ROOTS, HostFacts};
+use sysbox_ipc::mgr::{DATA_ROOTS, Defaults, HostFacts};
 
 fn source(is_directory: bool) -> Source {
     Source { is_directory, uid: 0, gid: 0, magic: 0xef53, exposed: false }
@@ -50,9 +50,12 @@ fn planned(spec: Spec) -> Result<Plan, PlanError> {
     };
     let facts = HostFacts { time_namespace: true, ..HostFacts::default() };
     let id_map = IdMap::of_range(IdRange { start: 300_000, count: 65536 }).unwrap();
-    let grant = Grant { id_map, slot: 1, share_with: None, same_rootfs: None, facts };
+    let grant =
+        Grant { id_map, slot: 1, share_with: None, same_rootfs: None, facts, defaults: Defaults::default() };
     let prepared = Prepared { directory: "/fs/c".into(), leaves: vec!["proc/meminfo".into()] };
-    plan(&bundle, &survey, &grant, &Stage { dir: "/s".into() }, &prepared)
+    let env = bundle.spec.process().as_ref().and_then(|process| process.env().clone()).unwrap_or_default();
+    let settings = Settings::read(&env, grant.defaults).unwrap();
+    plan(&bundle, &survey, &grant, &Stage { dir: "/s".into() }, &prepared, &settings)
 }
 
 fn bind(destination: &str, source: &str, options: &[&str]) -> Value {
@@ -233,8 +236,11 @@ fn root_has_every_capability_and_another_user_none() {
         planned(spec).map(|plan| plan.entry)
     };
     let root = entry_of(0).unwrap();
-    assert_eq!((root.effective.len(), root.bounding.len()), (caps::all().len(), caps::all().len()));
-    assert!(entry_of(1000).unwrap().effective.is_empty());
+    assert_eq!(
+        (root.capabilities.effective.len(), root.capabilities.bounding.len()),
+        (caps::all().len(), caps::all().len())
+    );
+    assert!(entry_of(1000).unwrap().capabilities.effective.is_empty());
     assert_eq!(
         entry_of(70000).unwrap_err().to_string(),
         "/process/user: uid 70000 is not mapped in the container (0 to 65535)"
