@@ -119,13 +119,33 @@ pub fn untar(lab: &Lab) -> Result<Pair> {
     )
 }
 
-/// Five steps, each of which runs a container.
+const WRITE_DOCKERFILE: &str = "printf 'FROM busybox\\nRUN echo 1 >a\\nRUN echo 2 >b\\nRUN echo 3 >c\\nRUN echo 4 >d\\nRUN echo 5 >e\\n' >/tmp/Dockerfile";
+const BUILD: &str = "DOCKER_BUILDKIT=0 docker build -q --no-cache - </tmp/Dockerfile";
+
+/// Five steps, each of which runs a container. In any user namespace this engine compares layers file by file, and at the end
+/// of each step sleeps until the clock's next second, so as to tell a file that was changed within one (moby,
+/// daemon/graphdriver/fsdiff.go).
 pub fn build(lab: &Lab) -> Result<Pair> {
-    inside(
-        lab,
-        "printf 'FROM busybox\\nRUN echo 1 >a\\nRUN echo 2 >b\\nRUN echo 3 >c\\nRUN echo 4 >d\\nRUN echo 5 >e\\n' >/tmp/Dockerfile",
-        "DOCKER_BUILDKIT=0 docker build -q --no-cache - </tmp/Dockerfile",
-    )
+    inside(lab, WRITE_DOCKERFILE, BUILD)
+}
+
+/// The same with an engine that keeps its layers in containerd's store, which has no such rule.
+pub fn build_store(lab: &Lab) -> Result<Pair> {
+    both(|runtime| {
+        let machine = lab.shared("store", runtime, || {
+            let machine = Machine::host_of(&lab.docker, runtime, "sysbox/debian:sid")?;
+            machine.exec(&[
+                "sh",
+                "-c",
+                "mkdir -p /etc/docker
+                 echo '{\"features\": {\"containerd-snapshotter\": true}}' >/etc/docker/daemon.json",
+            ])?;
+            machine.start_engine()?;
+            machine.import_busybox()?;
+            Ok(machine)
+        })?;
+        Ok(Box::new(move || timed_inside(&machine, WRITE_DOCKERFILE, BUILD)) as Side)
+    })
 }
 
 /// `docker commit` of a container with inner images. Theirs has as many bytes in its layer as plain files, since what lies

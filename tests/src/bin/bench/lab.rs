@@ -253,6 +253,7 @@ const HOST_SCRIPT: &str = "
 #[derive(Debug)]
 pub struct Machine {
     pub name: String,
+    image: String,
     docker: Docker,
 }
 
@@ -272,7 +273,7 @@ impl Machine {
     fn made(docker: &Docker, verb: &[&str], options: &[String], image: &str) -> Result<Self> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let name = format!("bench-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-        let machine = Self { name, docker: docker.clone() };
+        let machine = Self { name, image: image.to_owned(), docker: docker.clone() };
         let options: Vec<&str> = options.iter().map(String::as_str).collect();
         // A waiting init ignores SIGTERM.
         let common = ["--stop-signal", "KILL", "--label", LABEL, "--name", &machine.name];
@@ -285,12 +286,20 @@ impl Machine {
     /// # Errors
     /// The engine refusing it.
     pub fn host(docker: &Docker, runtime: Runtime) -> Result<Self> {
+        Self::host_of(docker, runtime, DEBIAN)
+    }
+
+    /// The same of this image.
+    ///
+    /// # Errors
+    /// The engine refusing it.
+    pub fn host_of(docker: &Docker, runtime: Runtime, image: &str) -> Result<Self> {
         let mut options = options(runtime)?;
         if runtime == Runtime::Ours {
-            return Self::start(docker, &options, DEBIAN);
+            return Self::start(docker, &options, image);
         }
         options.extend(HOST_OPTIONS.iter().map(|&word| word.to_owned()));
-        let machine = Self::start(docker, &options, DEBIAN)?;
+        let machine = Self::start(docker, &options, image)?;
         machine.exec(&["sh", "-c", HOST_SCRIPT])?;
         Ok(machine)
     }
@@ -311,10 +320,11 @@ impl Machine {
     /// It not answering in time; its last words are told.
     pub fn start_engine(&self) -> Result<f64> {
         let socket = self.root()?.join("run/docker.sock");
-        // Bookworm's engine asks for a better OOM score than a container may have.
-        let script = "exec dockerd --oom-score-adjust 0 >/var/log/dockerd.log 2>&1";
+        // Bookworm's engine asks for a better OOM score than a container may have; later ones do not know the flag.
+        let score = if self.image == DEBIAN { "--oom-score-adjust 0" } else { "" };
+        let script = format!("exec dockerd {score} >/var/log/dockerd.log 2>&1");
         let start = Instant::now();
-        self.docker.run(["exec", "-d", &self.name, "sh", "-c", script])?;
+        self.docker.run(["exec", "-d", &self.name, "sh", "-c", &script])?;
         let answered = until("a socket of the engine inside", LIMIT, || UnixStream::connect(&socket).ok())
             // The request waits in the socket until the engine is ready: no second look is needed.
             .and_then(ping);
