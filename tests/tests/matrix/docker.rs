@@ -33,6 +33,7 @@ const RELEASES: &[(&str, &Setup, &[&[Trial]], bool)] = &[
     ("bookworm",         &OVERLAY2,    &[BASIC, PRIVILEGED, NETWORKS, BUILDS, THIRD],        true),
     ("bookworm-engines", &OVERLAY2,    &[COMPOSE],                                           false),
     ("bookworm",         &REMAP,       &[BASIC, REMAPPED, BUILDS],                           false),
+    ("trixie",           &OVERLAY2,    &[PRIVILEGED],                                        true),
     ("trixie-engines",   &OVERLAY2,    &[BASIC, PRIVILEGED, NETWORKS, BUILDS, THIRD, COMPOSE], false),
     ("trixie-engines",   &SNAPSHOTTER, &[BASIC, PRIVILEGED, NETWORKS, BUILDS, THIRD, COMPOSE], false),
     ("trixie",           &REMAP,       &[BASIC, REMAPPED],                                   true),
@@ -134,10 +135,18 @@ docker rm -f verbs",
     ),
 ];
 
-const PRIVILEGED: &[Trial] = &[works(
-    "--privileged",
-    "docker run --rm --privileged busybox sh -ec 'mkdir /m; mount -t tmpfs x /m; ip link add b7 type bridge; ls /sys/class/net/b7'",
-)];
+const PRIVILEGED: &[Trial] = &[
+    works(
+        "--privileged",
+        "docker run --rm --privileged busybox sh -ec 'mkdir /m; mount -t tmpfs x /m; ip link add b7 type bridge; ls /sys/class/net/b7'",
+    ),
+    // Engines list /dev for it, and everything of ours that is there.
+    works(
+        "--privileged while processes come and go",
+        "(while [ ! -e /tmp/enough ]; do /bin/true & /bin/true; done) >/dev/null 2>&1 &
+n=0; while [ $n -lt 5 ]; do docker run --rm --privileged busybox true; n=$((n + 1)); done; touch /tmp/enough",
+    ),
+];
 
 /// What Docker itself says to it, on any machine.
 const REMAPPED: &[Trial] = &[
