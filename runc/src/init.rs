@@ -63,7 +63,7 @@ impl Init {
         let entry = &self.entry;
         if self.role == Role::First {
             // libcontainer makes directories below /dev without a umask.
-            for (path, mode) in [("/dev/.sysbox", 0o700), ("/dev/net", 0o755)] {
+            for (path, mode) in [("/dev/.lxc", 0o700), ("/dev/net", 0o755)] {
                 match std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)) {
                     Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                         return Err(format!("chmod({path}): {error}"));

@@ -89,10 +89,16 @@ impl Said {
 /// Runs a program to its end.
 #[track_caller]
 pub fn run(command: &mut Command) -> Said {
-    try_run(command).unwrap_or_else(|why| panic!("{why}"))
+    run_within(command, DEADLINE)
 }
 
-fn try_run(command: &mut Command) -> Result<Said, String> {
+/// The same, of one that is known to take long.
+#[track_caller]
+pub fn run_within(command: &mut Command, deadline: Duration) -> Said {
+    try_run(command, deadline).unwrap_or_else(|why| panic!("{why}"))
+}
+
+fn try_run(command: &mut Command, deadline: Duration) -> Result<Said, String> {
     let words = std::iter::once(command.get_program()).chain(command.get_args());
     let shown = words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ");
     let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
@@ -110,10 +116,10 @@ fn try_run(command: &mut Command) -> Result<Said, String> {
         // A closed channel: nobody waits any more.
         let _late = sender.send((out, err));
     });
-    let Ok((out, err)) = receiver.recv_timeout(DEADLINE) else {
+    let Ok((out, err)) = receiver.recv_timeout(deadline) else {
         // Ended in this moment is as good.
         let _ended = child.kill();
-        return Err(format!("{shown}: did not end within {} s", DEADLINE.as_secs()));
+        return Err(format!("{shown}: did not end within {} s", deadline.as_secs()));
     };
     let status = child.wait().map_err(|error| format!("{shown}: {error}"))?;
     let text = |bytes: std::io::Result<Vec<u8>>| {
@@ -307,7 +313,7 @@ impl Drop for Container {
 /// Removes something of ours; `gone` is what docker says if it is gone already. A test that fails for another reason is
 /// not to be hidden behind this; one that does not fail must leave nothing behind.
 fn remove(args: &[&str], gone: &str) {
-    let why = match try_run(&mut docker_command(args)) {
+    let why = match try_run(&mut docker_command(args), DEADLINE) {
         Ok(said) if said.code == 0 || said.err.contains(gone) => return,
         Ok(said) => format!("{said:#?}"),
         Err(why) => why,

@@ -224,7 +224,7 @@ fn cve_2025_31133_links_in_an_image_lead_nowhere() {
         "dev/null",
         "dev/net",
         "dev/fuse",
-        "dev/.sysbox",
+        "dev/.lxc",
         "proc/meminfo",
         "sys/fs",
         "var/lib/docker",
@@ -317,7 +317,7 @@ fn cve_2025_52881_what_is_written_to_proc_reaches_the_kernel() {
     fs::create_dir_all(volume.join("ipv4")).unwrap();
     fs::write(volume.join("ipv4/ip_forward"), "7").unwrap();
     let script =
-        "/bin/busybox umount -l /proc/sys/net 2>/dev/null; cat /dev/.sysbox/proc/sys/net/ipv4/ip_forward";
+        "/bin/busybox umount -l /proc/sys/net 2>/dev/null; cat /dev/.lxc/proc/sys/net/ipv4/ip_forward";
     for (name, destination) in [("plain", "/proc/sys/net"), ("link", "/way/net"), ("self", "/proc/self/attr")]
     {
         let bundle = machine.bundle(name, &["/bin/sh", "-c", script]);

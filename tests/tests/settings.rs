@@ -157,14 +157,14 @@ fn an_ordinary_container_has_a_user_namespace_and_nothing_of_a_machine() {
     assert!(options("/sys").unwrap().starts_with("ro"), "{mounts}");
     assert!(options("/proc/sys").unwrap().starts_with("ro"), "{mounts}");
     assert!(options("/proc/kallsyms").is_some(), "{mounts}");
-    assert_eq!(options("/dev/.sysbox/proc"), None);
+    assert_eq!(options("/dev/.lxc/proc"), None);
     let there = running.exec("ls /dev").ok();
-    assert!(!there.contains("fuse") && !there.contains(".sysbox"), "{there}");
+    assert!(!there.contains("fuse") && !there.contains(".lxc"), "{there}");
     // The same bundle as a machine has all of it otherwise.
     let bundle = machine.bundle("m", &["/bin/sleep", "1000"]);
     let running = machine.run_detached(&bundle, "m");
     let mounts = running.exec("cat /proc/mounts").ok();
-    assert!(mounts.contains(" /dev/.sysbox/proc ") && !mounts.contains(" /proc/kallsyms "), "{mounts}");
+    assert!(mounts.contains(" /dev/.lxc/proc ") && !mounts.contains(" /proc/kallsyms "), "{mounts}");
 }
 
 #[test]

@@ -11,6 +11,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
+use sysbox_tests::compat;
 use text::{
     bench_rows, code, crate_name, dependencies, functions, has_word, links, machine_calls, pages_named, rows,
     targets, test_names,
@@ -348,6 +349,13 @@ fn every_call_that_is_allowed_besides_has_its_reason() {
 }
 
 #[test]
+fn the_page_on_compatibility_is_printed_from_its_results() {
+    let rows = compat::parse(&file(compat::RESULTS)).unwrap();
+    let printed = compat::page(&rows);
+    assert!(file(compat::PAGE) == printed, "{}: run `make test-matrix`, or its last command", compat::PAGE);
+}
+
+#[test]
 fn every_decision_is_listed_and_numbered() {
     let index = file("docs/decisions/README.md");
     let pages = files().into_iter().filter_map(|file| {
@@ -387,9 +395,20 @@ fn the_house_is_complete() {
     }
     let (makefile, ci) = (file("Makefile"), file(".ci/run"));
     let targets = targets(&makefile);
-    for target in
-        ["demo", "up", "env", "images", "down", "build", "check", "test", "bench", "test-vm", "test-bare"]
-    {
+    for target in [
+        "demo",
+        "up",
+        "env",
+        "images",
+        "down",
+        "build",
+        "check",
+        "test",
+        "bench",
+        "test-matrix",
+        "test-vm",
+        "test-bare",
+    ] {
         if !targets.contains(target) {
             faults.push(format!("Makefile: no target {target}"));
         }

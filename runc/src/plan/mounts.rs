@@ -123,9 +123,11 @@ const UNMASKED: &[&str] =
     &["/proc", "/proc/sys", "/proc/kcore", "/proc/kallsyms", "/proc/kmsg", "/sys", "/sys/fs/cgroup"];
 
 /// Where nested user namespaces find a procfs and a sysfs that nothing is mounted over: the kernel allows them to mount
-/// their own only then (mount_too_revealing in fs/namespace.c).
-const PRISTINE_PROC: &str = "/dev/.sysbox/proc";
-const PRISTINE_SYS: &str = "/dev/.sysbox/sys";
+/// their own only then (mount_too_revealing in fs/namespace.c). Engines inside list /dev for `--privileged`, and would stumble over
+/// processes that end meanwhile; directories of this name they leave out, as LXC has its own there (libcontainer/devices of runc,
+/// the same list in containerd).
+const PRISTINE_PROC: &str = "/dev/.lxc/proc";
+const PRISTINE_SYS: &str = "/dev/.lxc/sys";
 
 /// File systems that are the kernel's own, on which ids mean nothing to shift.
 const KERNEL_MAGICS: &[i64] = &[

@@ -142,8 +142,8 @@ fn mounts_of_an_engine_become_those_of_a_machine() {
         "/etc/hosts bind /s/binds/0 rbind".to_owned(),
         "/proc/meminfo bind /fs/c/proc/meminfo bind".to_owned(),
         "/sys/kernel/debug tmpfs tmpfs nosuid,noexec,nodev,mode=755,size=64k".to_owned(),
-        "/dev/.sysbox/proc proc proc nosuid,noexec,nodev".to_owned(),
-        "/dev/.sysbox/sys sysfs sysfs nosuid,noexec,nodev".to_owned(),
+        "/dev/.lxc/proc proc proc nosuid,noexec,nodev".to_owned(),
+        "/dev/.lxc/sys sysfs sysfs nosuid,noexec,nodev".to_owned(),
     ];
     expected.extend(
         DATA_ROOTS.iter().enumerate().map(|(at, root)| format!("{root} bind /s/binds/{} bind", at + 1)),

@@ -1,0 +1,180 @@
+//! Trying a part of the field inside a system container: a table of parts, a table of trials, and each result recorded
+//! ([`crate::compat`]) and compared with what is expected of it. Refuses to know which parts and which trials there are.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use crate::compat::{self, Outcome};
+use crate::engine::{Container, Said, docker, docker_command, run_within, until};
+use std::time::Duration;
+
+/// Longer than any trial takes on a machine that does six other things.
+const DEADLINE: Duration = Duration::from_secs(300);
+
+/// What a shell script inside shows. It runs with `-eu`, after [`PRELUDE`].
+#[derive(Debug, Clone, Copy)]
+pub struct Trial {
+    /// In the words of the page.
+    pub what: &'static str,
+    pub script: &'static str,
+    /// Part of the message with which it is refused; empty for what works.
+    pub refused: &'static str,
+}
+
+/// A trial that has to work.
+pub const fn works(what: &'static str, script: &'static str) -> Trial {
+    Trial { what, script, refused: "" }
+}
+
+/// A trial that has to be refused with this in the message.
+pub const fn refused(what: &'static str, script: &'static str, message: &'static str) -> Trial {
+    Trial { what, script, refused: message }
+}
+
+/// What every script can call.
+pub const PRELUDE: &str = r#"set -eu
+is() { [ "$1" = "$2" ] || { echo "expected [$2], found [$1]" >&2; return 1; }; }
+has() { case $1 in *"$2"*) ;; *) echo "expected [$2] in [$1]" >&2; return 1 ;; esac; }
+within() { n=$(($1 * 10)); shift; until "$@"; do n=$((n - 1)); [ $n -gt 0 ] || { echo "waited in vain for: $*" >&2; return 1; }; sleep 0.1; done; }
+quiet() { "$@" >/dev/null 2>&1; }
+"#;
+
+/// A part of the field, set up in one way.
+#[derive(Debug, Clone)]
+pub struct Part {
+    /// A heading of the page.
+    pub section: &'static str,
+    pub name: String,
+    /// `bookworm` or `sid-engines`: a variant of `sysbox/debian` that tests/bed/image.sh makes.
+    pub image: String,
+    /// Options of the outer `docker run`.
+    pub options: Vec<String>,
+    /// The container's first process, a script.
+    pub init: String,
+    /// Done once it succeeds; then the trials begin.
+    pub ready: String,
+    /// Prints the version.
+    pub version: String,
+    pub trials: Vec<&'static [Trial]>,
+    /// One of the few that are tried every time, not in `make test-matrix` alone.
+    pub is_daily: bool,
+}
+
+impl Part {
+    /// By default all that are daily; `SYSBOX_MATRIX=all` has all, and any other text the parts with it in their name.
+    fn is_wanted(&self) -> bool {
+        match std::env::var("SYSBOX_MATRIX").as_deref() {
+            Err(_) | Ok("") => self.is_daily,
+            Ok("all") => true,
+            Ok(text) => format!("{}: {}", self.section, self.name).contains(text),
+        }
+    }
+
+    /// Runs every trial, and says which came out otherwise than expected.
+    fn faults(&self) -> Vec<String> {
+        need_image(&self.image);
+        let options: Vec<&str> = self.options.iter().map(String::as_str).collect();
+        let image = format!("sysbox/debian:{}", self.image);
+        let container = Container::start(
+            &[&["--stop-signal", "KILL"], &options[..]].concat(),
+            &image,
+            &["sh", "-c", &self.init],
+        );
+        until(&format!("{} to be ready", self.name), || {
+            assert_eq!(
+                container.inspect("{{.State.Running}}"),
+                "true",
+                "{:#?}",
+                container.docker(&["logs", "--tail", "30"])
+            );
+            (container.try_sh(&self.ready).code == 0).then_some(())
+        });
+        let version = container.sh(&self.version).split_whitespace().collect::<Vec<_>>().join(" ");
+        let mut faults = Vec::new();
+        for trial in self.trials.iter().copied().flatten() {
+            let script = format!("{PRELUDE}{}", trial.script);
+            let mut command = docker_command(["exec", &container.name, "sh", "-c", &script]);
+            let said = run_within(&mut command, DEADLINE);
+            let (outcome, message) = judge(trial, &said);
+            compat::record(self.section, &self.name, &version, trial.what, outcome, &message);
+            let expected = if trial.refused.is_empty() { Outcome::Ok } else { Outcome::Refused };
+            eprintln!("{}: {}: {outcome} {message}", self.name, trial.what);
+            if outcome != expected {
+                faults.push(format!("{}: {}: {outcome}: {}{}", self.name, trial.what, said.out, said.err));
+            }
+        }
+        faults
+    }
+}
+
+/// What came of a trial, and the message that a user saw.
+fn judge(trial: &Trial, said: &Said) -> (Outcome, String) {
+    let lines = || said.err.lines().chain(said.out.lines()).filter(|line| !line.trim().is_empty());
+    if said.code == 0 {
+        return if trial.refused.is_empty() {
+            (Outcome::Ok, String::new())
+        } else {
+            (Outcome::Fails, "was not refused".to_owned())
+        };
+    }
+    match lines().find(|line| !trial.refused.is_empty() && line.contains(trial.refused)) {
+        Some(line) => (Outcome::Refused, line.trim().to_owned()),
+        None => {
+            // The end of it has the cause, and what is said of a failure is on stderr.
+            let says = |line: &&str| !line.trim().is_empty() && !line.starts_with("See 'docker ");
+            let end = |text: &str| text.lines().rfind(says).map(str::to_owned);
+            let last = end(&said.err).or_else(|| end(&said.out));
+            (Outcome::Fails, last.unwrap_or_else(|| format!("exit code {}", said.code)))
+        }
+    }
+}
+
+/// Runs the parts that this run is for, one after another, and fails with all that came out otherwise than expected.
+#[track_caller]
+pub fn try_all(parts: &[Part]) {
+    let mut faults = Vec::new();
+    for part in parts.iter().filter(|part| part.is_wanted()) {
+        // A part that cannot even start must not hide the others.
+        match std::panic::catch_unwind(|| part.faults()) {
+            Ok(found) => faults.extend(found),
+            Err(why) => {
+                let why = why.downcast_ref::<String>().cloned().unwrap_or_else(|| "it panicked".to_owned());
+                compat::record(
+                    part.section,
+                    &part.name,
+                    "",
+                    "starts",
+                    Outcome::Fails,
+                    why.lines().last().unwrap_or_default(),
+                );
+                faults.push(format!("{}: does not start: {why}", part.name));
+            }
+        }
+    }
+    assert!(
+        faults.is_empty(),
+        "{} trials came out otherwise than expected:\n{}",
+        faults.len(),
+        faults.join("\n")
+    );
+}
+
+fn script(name: &str) -> PathBuf {
+    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/bed")).join(name)
+}
+
+/// Made, or loaded, if the bed's engine does not have it.
+fn need_image(variant: &str) {
+    if docker(["image", "inspect", &format!("sysbox/debian:{variant}")]).code != 0 {
+        let mut command = Command::new(script("image.sh"));
+        command.arg(variant).env("BED", &crate::engine::bed().name);
+        run_within(&mut command, Duration::from_secs(1200)).ok();
+    }
+}
+
+/// Where tests/bed/parts.sh keeps a program of the field on this host, built if it was not.
+#[track_caller]
+pub fn built(name: &str, version: &str) -> PathBuf {
+    let said = run_within(Command::new(script("parts.sh")).args([name, version]), Duration::from_secs(1200));
+    said.ok().into()
+}
