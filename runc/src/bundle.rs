@@ -10,11 +10,11 @@ const MAX_CONFIG: u64 = 16 * 1024 * 1024;
 
 #[derive(Debug, thiserror::Error)]
 pub enum BundleError {
-    #[error("bundle {}: {source}", path.display())]
+    #[error("chdir {}: {}", path.display(), reason(source))]
     Directory { path: PathBuf, source: std::io::Error },
-    #[error("JSON specification file {} not found", path.display())]
-    NoConfig { path: PathBuf },
-    #[error("read {}: {source}", path.display())]
+    #[error("JSON specification file config.json not found")]
+    NoConfig,
+    #[error("open {}: {}", path.display(), reason(source))]
     Read { path: PathBuf, source: std::io::Error },
     #[error("{} is over {MAX_CONFIG} bytes", path.display())]
     TooLong { path: PathBuf },
@@ -24,6 +24,14 @@ pub enum BundleError {
     Invalid { pointer: &'static str, why: String },
     #[error("rootfs {}: {why}", path.display())]
     Rootfs { path: PathBuf, why: String },
+}
+
+/// As Go's library says it, without the number.
+pub fn reason(error: &std::io::Error) -> String {
+    match error.raw_os_error() {
+        Some(errno) => nix::errno::Errno::from_raw(errno).desc().to_lowercase(),
+        None => error.to_string(),
+    }
 }
 
 /// A checked bundle.
@@ -62,8 +70,8 @@ fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, BundleErr
     let path = path.to_owned();
     let length = match std::fs::metadata(&path) {
         Ok(facts) => facts.len(),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            return Err(BundleError::NoConfig { path });
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound && path.ends_with("config.json") => {
+            return Err(BundleError::NoConfig);
         }
         Err(source) => return Err(BundleError::Read { path, source }),
     };

@@ -85,8 +85,10 @@ impl Init {
         let groups: Vec<Gid> = entry.groups.iter().copied().map(Gid::from_raw).collect();
         setgroups(&groups).map_err(|errno| format!("setgroups: {}", errno.desc()))?;
         let path = self.as_user(|| {
-            std::env::set_current_dir(&entry.cwd)
-                .map_err(|error| format!("chdir to cwd ({}): {error}", entry.cwd.display()))?;
+            std::env::set_current_dir(&entry.cwd).map_err(|error| {
+                let why = crate::bundle::reason(&error);
+                format!("chdir to cwd (\"{}\") set in config.json failed: {why}", entry.cwd.display())
+            })?;
             check_cwd()?;
             find_program(&entry.args[0], &entry.env)
         })?;

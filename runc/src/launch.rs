@@ -220,8 +220,14 @@ impl Launch<'_> {
         std::env::set_current_dir("/").map_err(|e| step("chdir /")(&e))?;
         // Processes in namespaces that we join must not be able to look into us (CVE-2016-9962).
         nix::sys::prctl::set_dumpable(false).map_err(|e| step("prctl(PR_SET_DUMPABLE)")(&e))?;
+        let during = if matches!(args.container_type, ContainerType::InitContainer) {
+            "error during container init: "
+        } else {
+            ""
+        };
         let pid = container_main_process(&args).map_err(|error| {
-            LaunchError::Inside(sink.first_failure().unwrap_or_else(|| error.to_string()))
+            let words = sink.first_failure().unwrap_or_else(|| error.to_string());
+            LaunchError::Inside(format!("{during}{words}"))
         })?;
         sysbox_sys::process::identify(pid.as_raw()).map_err(|e| step("look at init")(&e))
     }

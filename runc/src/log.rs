@@ -3,7 +3,7 @@
 //! tells what was done on the way as well, in the same form; without a file that goes to standard error.
 
 use std::fs::{File, OpenOptions};
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 
 use serde_json::{Map, Value};
 use tracing::field::{Field, Visit};
@@ -11,6 +11,7 @@ use tracing_subscriber::Layer;
 use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::layer::{Context, SubscriberExt};
 
+use crate::cli::numbers::quoted;
 use crate::cli::{Global, LogFormat};
 use crate::sink::Events;
 
@@ -41,28 +42,40 @@ impl Log {
         Ok(Self { file, format: global.log_format })
     }
 
+    /// Standard error, for what is wrong before a log can be opened.
+    pub fn unset() -> Self {
+        Self { file: None, format: LogFormat::Text }
+    }
+
     pub fn warn(&self, message: &str) {
-        if self.file.is_none() {
-            eprintln!("sysbox-runc: warning: {message}");
-        }
         self.record("warning", message);
     }
 
     pub fn error(&self, message: &str) {
-        eprintln!("{message}");
+        if self.file.is_some() {
+            eprintln!("{message}");
+        }
         self.record("error", message);
     }
 
+    /// Into the file, or to standard error in the same form, as runc does; a person at a terminal gets the words alone.
     fn record(&self, level: &str, message: &str) {
-        let Some(mut file) = self.file.as_ref() else { return };
-        // The same words went to standard error; there is nobody left to tell that the log is full.
-        let _full = file.write_all(line(self.format, level, message, &Map::new()).as_bytes());
+        let record = line(self.format, level, message, &Map::new());
+        // There is nobody left to tell that the log is full.
+        let _full = match &self.file {
+            Some(file) => {
+                let mut file = file;
+                file.write_all(record.as_bytes())
+            }
+            None if std::io::stderr().is_terminal() => writeln!(std::io::stderr(), "{level}: {message}"),
+            None => std::io::stderr().write_all(record.as_bytes()),
+        };
     }
 }
 
 /// A record as logrus, runc's logger, writes it. One write each: children of ours write to the same file.
 fn line(format: LogFormat, level: &str, message: &str, fields: &Map<String, Value>) -> String {
-    let time = now();
+    let time = chrono::Utc::now().to_rfc3339_opts(chrono::SecondsFormat::Secs, true);
     match format {
         LogFormat::Json => {
             let mut record = serde_json::json!({"level": level, "msg": message, "time": time});
@@ -73,9 +86,15 @@ fn line(format: LogFormat, level: &str, message: &str, fields: &Map<String, Valu
         }
         LogFormat::Text => {
             let fields: String = fields.iter().map(|(name, value)| format!(" {name}={value}")).collect();
-            format!("time=\"{time}\" level={level} msg={message:?}{fields}\n")
+            format!("time=\"{time}\" level={level} msg={}{fields}\n", word(message))
         }
     }
+}
+
+/// Quoted, unless it is one plain word.
+fn word(text: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-._/@^+".contains(c);
+    if text.chars().all(plain) { text.to_owned() } else { quoted(text) }
 }
 
 /// Events of ours and of libcontainer, in the log.

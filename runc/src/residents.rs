@@ -63,17 +63,6 @@ fn held(cgroup: &Cgroup) -> Vec<Held> {
     processes(cgroup).into_iter().filter_map(open).filter(belongs).collect()
 }
 
-/// Sends each of them a signal.
-///
-/// # Errors
-/// The first that cannot be sent; one that is gone is none.
-pub fn signal_all(cgroup: &Cgroup, signal: i32) -> sysbox_sys::Result<()> {
-    held(cgroup).iter().try_for_each(|process| match process.signal(signal) {
-        Err(error) if error.errno == Errno::ESRCH => Ok(()),
-        other => other,
-    })
-}
-
 /// Ends every one of them, and those that they bear meanwhile. Returns when there is none, or after a time in which any
 /// process that can be ended has ended.
 pub fn kill_all(cgroup: &Cgroup, ids: &IdMap) {

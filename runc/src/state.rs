@@ -26,9 +26,9 @@ const VERSION: u32 = 1;
 
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
-    #[error("container {id}: does not exist")]
+    #[error("container does not exist")]
     NoContainer { id: ContainerId },
-    #[error("container with id exists: {id}")]
+    #[error("container with given ID already exists")]
     Exists { id: ContainerId },
     #[error("{attempt} {}: {source}", path.display())]
     Io { attempt: &'static str, path: PathBuf, source: std::io::Error },

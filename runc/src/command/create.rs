@@ -2,6 +2,7 @@
 //! what is done is noted in an [`Undo`] and taken back if a later step fails.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 use std::rc::Rc;
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -12,7 +13,7 @@ use sysbox_ipc::mgr::{Claim, Defaults, FileId, Grant, Process, Register, Rootfs}
 use sysbox_sys::path::proc_path;
 use sysbox_sys::process::Held;
 
-use super::{Call, write_pid_file};
+use super::{Call, require_preserved, require_terminal_fits, send_pidfd, write_pid_file};
 use crate::apply::{self, Staged};
 use crate::bundle::{self, Bundle};
 use crate::cgroup::{Cgroup, begin_grace_period, locate};
@@ -25,18 +26,25 @@ use crate::limits::{self, Raise};
 use crate::plan::{self, Plan, Settings, Stage};
 use crate::residents;
 use crate::sink::Sink;
-use crate::state::{Home, State};
+use crate::state::{Home, State, StateError};
 use crate::survey::{self, Ground, Survey};
 use crate::undo::{Undo, told};
+
+/// Whether the caller stays with the container, and so can take its terminal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Detach {
+    Yes,
+    No,
+}
 
 /// Creates the container.
 ///
 /// # Errors
 /// The first thing that failed; everything done until then has been taken back, or is named with it.
-pub fn create(call: &Call<'_>, args: &CreateArgs) -> Result<(Home, State)> {
+pub fn create(call: &Call<'_>, args: &CreateArgs, detach: Detach) -> Result<(Home, State)> {
     let home = call.home(&args.id)?;
     let mut undo = Undo::default();
-    match attempt(call, args, &home, &mut undo) {
+    match attempt(call, args, detach, &home, &mut undo) {
         Ok(state) => {
             undo.forget();
             Ok((home, state))
@@ -50,9 +58,22 @@ pub fn create(call: &Call<'_>, args: &CreateArgs) -> Result<(Home, State)> {
     }
 }
 
-fn attempt<'a>(call: &Call<'_>, args: &CreateArgs, home: &'a Home, undo: &mut Undo<'a>) -> Result<State> {
+fn attempt<'a>(
+    call: &Call<'_>,
+    args: &CreateArgs,
+    detach: Detach,
+    home: &'a Home,
+    undo: &mut Undo<'a>,
+) -> Result<State> {
     // Everything that can be wrong with the request is found before the first side effect.
-    let bundle = bundle::read(&args.bundle)?;
+    let bundle = bundle::read(args.bundle.as_deref().unwrap_or(Path::new(".")))?;
+    let terminal = bundle.spec.process().as_ref().is_some_and(|process| process.terminal().unwrap_or(false));
+    require_terminal_fits(terminal, detach == Detach::Yes, args.console_socket.is_some())?;
+    let listen = std::env::var("LISTEN_FDS").ok().and_then(|text| text.parse().ok()).unwrap_or(0);
+    require_preserved(listen, args.preserve_fds)?;
+    if home.dir.exists() {
+        return Err(StateError::Exists { id: home.key.id.clone() }.into());
+    }
     let survey = survey::look(&bundle)?;
     let own_map = plan::own_map(&bundle.spec)?;
     settings_of(&bundle, Defaults::default())?;
@@ -135,6 +156,9 @@ fn finish(
     state.init = Some(init);
     home.save(state)?;
     tracing::debug!(pid = init.pid, "init waits for the start");
+    if let Some(path) = &args.pidfd_socket {
+        send_pidfd(path, init)?;
+    }
     if let Some(path) = &args.pid_file {
         write_pid_file(path, init.pid)?;
     }
@@ -192,8 +216,9 @@ fn launch(
     };
     let made = launch.create(enter).map_err(anyhow::Error::from);
     // What the child saved is what there is to be taken away, also when it failed later.
-    state.cgroup = home.load()?.cgroup;
+    let known = home.load().map(|saved| state.cgroup = saved.cgroup);
     let finished = made.and_then(|init| {
+        known?;
         let pid = Pid::from_raw(init.pid);
         state.cgroup.delegate(pid, grant.id_map.root_uid(), grant.id_map.root_gid())?;
         let raise = if grant.facts.raise_rlimits && state.settings.common.syscont_mode {

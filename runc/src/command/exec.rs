@@ -1,22 +1,25 @@
 //! `exec`: another program in a running container, in its namespaces, under its filter, in its cgroup.
 
+use std::collections::HashSet;
 use std::rc::Rc;
 
 use anyhow::{Context, Result, bail};
 use nix::unistd::Pid;
-use oci_spec::runtime::{Process, UserBuilder};
+use oci_spec::runtime::{Capability, Process, UserBuilder};
 use sysbox_sys::process::Held;
 
-use super::{Call, write_pid_file};
+use super::{Call, require_preserved, require_terminal_fits, send_pidfd, write_pid_file};
 use crate::attend::{Attendance, Terminal};
 use crate::bundle;
 use crate::cli::ExecArgs;
+use crate::cli::numbers::{self, Fault};
 use crate::init::{Init, Role, own_stdio};
 use crate::launch::{Joined, Launch, LaunchError, step, tenant_spec};
 use crate::limits::{self, Raise};
 use crate::plan;
 use crate::sink::Sink;
 use crate::state::Status;
+use crate::subcgroup::SubCgroups;
 
 /// Returns the exit code for this process.
 ///
@@ -34,6 +37,12 @@ pub fn exec(call: &Call<'_>, args: &ExecArgs) -> Result<i32> {
     }
     crate::cgroup::begin_grace_period();
     let mut process = process_of(args, &state.process)?;
+    let below = SubCgroups::parse(&args.cgroups)?;
+    require_terminal_fits(process.terminal().unwrap_or(false), args.detach, args.console_socket.is_some())?;
+    require_preserved(0, args.preserve_fds)?;
+    for name in add_capabilities(&mut process, &args.caps) {
+        call.log.warn(&format!("ignoring unknown or unavailable capabilities: [{name}]"));
+    }
     let mut env = process.env().clone().unwrap_or_default();
     let settings = state.settings.take_from(&mut env)?;
     process.set_env(Some(env));
@@ -78,10 +87,14 @@ pub fn exec(call: &Call<'_>, args: &ExecArgs) -> Result<i32> {
     let started = launch.exec(enter, |made| {
         let follow = state.cgroup.follow(&init, Pid::from_raw(made.pid));
         follow.map_err(|e| LaunchError::Cgroup(e.to_string()))?;
+        below.join(&state.cgroup, Pid::from_raw(made.pid)).map_err(|e| LaunchError::Cgroup(e.to_string()))?;
         let asked = process.rlimits().as_deref().unwrap_or_default();
         limits::apply(made.pid, asked, raise).map_err(|e| step("set limits")(&e))
     })?;
     tracing::debug!(pid = started.pid, "the program runs");
+    if let Some(path) = &args.pidfd_socket {
+        send_pidfd(path, started)?;
+    }
     if let Some(path) = &args.pid_file {
         write_pid_file(path, started.pid)?;
     }
@@ -94,53 +107,89 @@ pub fn exec(call: &Call<'_>, args: &ExecArgs) -> Result<i32> {
 /// The process document, or the container's own process changed by the flags.
 fn process_of(args: &ExecArgs, base: &Process) -> Result<Process> {
     if let Some(path) = &args.process {
-        let mut process = bundle::read_process(path)?;
-        if args.tty {
-            process.set_terminal(Some(true));
-        }
-        return Ok(process);
+        return Ok(bundle::read_process(path)?);
     }
     if args.command.is_empty() {
-        bail!("process args cannot be empty");
+        bail!("exec args cannot be empty");
     }
     let mut process = base.clone();
     process.set_args(Some(args.command.clone()));
     process.set_terminal(Some(args.tty));
     if let Some(cwd) = &args.cwd {
-        if !cwd.is_absolute() {
-            bail!("--cwd: {} is not an absolute path", cwd.display());
-        }
         process.set_cwd(cwd.clone());
+    }
+    if let Some(profile) = &args.apparmor {
+        process.set_apparmor_profile(Some(profile.clone()));
     }
     let mut env = process.env().clone().unwrap_or_default();
     env.extend(args.env.iter().cloned());
     process.set_env(Some(env));
-    if args.no_new_privs {
-        process.set_no_new_privileges(Some(true));
+    if let Some(asked) = args.no_new_privs {
+        process.set_no_new_privileges(Some(asked));
     }
     let (mut uid, mut gid) = (process.user().uid(), process.user().gid());
     if let Some(user) = &args.user {
         (uid, gid) = parse_user(user, gid)?;
     }
     let mut groups = process.user().additional_gids().clone().unwrap_or_default();
-    groups.extend(&args.additional_gids);
+    for asked in &args.additional_gids {
+        let group = u32::try_from(*asked).ok().filter(|gid| *gid != u32::MAX);
+        groups.push(group.with_context(|| format!("additional-gids must be a positive number {asked}"))?);
+    }
     let user = UserBuilder::default().uid(uid).gid(gid).additional_gids(groups);
     process.set_user(user.build().context("--user")?);
+    if !process.cwd().is_absolute() {
+        bail!("Cwd must be an absolute path");
+    }
+    if args.process_label.is_some() {
+        bail!("selinux label is specified in config, but selinux is disabled or not supported");
+    }
     Ok(process)
+}
+
+/// Adds to those that the process may have (where capabilities are honored; root of a machine has all); returns the names
+/// of those that there are none of.
+fn add_capabilities(process: &mut Process, names: &[String]) -> Vec<String> {
+    let (mut added, mut unknown) = (HashSet::new(), Vec::new());
+    for name in names {
+        match serde_json::from_value::<Capability>(name.as_str().into()) {
+            Ok(capability) if name.starts_with("CAP_") => drop(added.insert(capability)),
+            _ => unknown.push(name.clone()),
+        }
+    }
+    if added.is_empty() {
+        return unknown;
+    }
+    let mut all = process.capabilities().clone().unwrap_or_default();
+    let with = |set: &Option<HashSet<Capability>>| {
+        Some(set.iter().flatten().chain(&added).copied().collect::<HashSet<Capability>>())
+    };
+    let (bounding, effective, permitted) =
+        (with(all.bounding()), with(all.effective()), with(all.permitted()));
+    let ambient = if all.inheritable().is_some() { with(all.ambient()) } else { all.ambient().clone() };
+    all.set_bounding(bounding).set_effective(effective).set_permitted(permitted).set_ambient(ambient);
+    process.set_capabilities(Some(all));
+    unknown
 }
 
 /// `UID[:GID]`, in decimal and nothing else (CVE-2026-30892: a parser that gave up half-way made root of it).
 fn parse_user(text: &str, gid: u32) -> Result<(u32, u32)> {
-    let number = |part: &str| -> Result<u32> {
-        if part.is_empty() || !part.bytes().all(|byte| byte.is_ascii_digit()) {
-            bail!("--user: {text:?} is not UID[:GID]");
-        }
-        let number = part.parse::<u32>().ok().filter(|number| *number != u32::MAX);
-        number.with_context(|| format!("--user: {text:?} is out of range"))
+    let number = |kind: &str, part: &str| -> Result<u32> {
+        let fault = match numbers::uint(part) {
+            Ok(number) => match u32::try_from(number).ok().filter(|number| *number != u32::MAX) {
+                Some(number) => return Ok(number),
+                None => Fault::Range,
+            },
+            Err(fault) => fault,
+        };
+        bail!("bad {kind}: {}", fault.of_conversion("Atoi", part))
     };
     match text.split_once(':') {
-        Some((uid, gid)) => Ok((number(uid)?, number(gid)?)),
-        None => Ok((number(text)?, gid)),
+        Some((uid, gid)) => {
+            let gid = number("gid", gid)?;
+            Ok((number("uid", uid)?, gid))
+        }
+        None => Ok((number("uid", text)?, gid)),
     }
 }
 

@@ -5,12 +5,14 @@ use std::str::FromStr;
 use anyhow::{Result, bail};
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
+use oci_spec::runtime::LinuxNamespaceType;
 use sysbox_sys::process::Held;
 
 use super::Call;
 use crate::cli::KillArgs;
+use crate::cli::numbers::quoted;
 use crate::residents;
-use crate::state::Status;
+use crate::state::{Home, Status};
 
 /// # Errors
 /// No such container, no such signal, or a container that has stopped.
@@ -18,33 +20,43 @@ pub fn kill(call: &Call<'_>, args: &KillArgs) -> Result<()> {
     let home = call.home(&args.id)?;
     let state = home.load()?;
     let signal = number(&args.signal)?;
-    if args.all {
-        residents::signal_all(&state.cgroup, signal)?;
-        if signal == libc::SIGKILL {
-            residents::kill_all(&state.cgroup, &state.id_map);
-        }
-        return Ok(());
-    }
     let status = home.status(&state);
     let (Some(init), Status::Created | Status::Running | Status::Paused) = (state.init, status) else {
-        bail!("container not running");
+        // A caller that says `--all` wants to be sure that nothing runs.
+        return if args.all { Ok(()) } else { bail!("container not running") };
     };
     // By descriptor: the pid cannot become another process between the look and the signal.
     let process = Held::open(init)?;
     match process.signal(signal) {
+        Err(error) if error.errno == Errno::ESRCH && args.all => return Ok(()),
         Err(error) if error.errno == Errno::ESRCH => bail!("container not running"),
+        Err(error) if error.errno == Errno::EINVAL => bail!("unable to signal init: invalid argument"),
         other => other?,
     }
     if signal == libc::SIGKILL {
-        residents::see_off(&process, &state.cgroup, &state.id_map);
+        if shares_pids(&home) {
+            // Elsewhere the kernel ends a pid namespace with its init.
+            residents::kill_all(&state.cgroup, &state.id_map);
+        } else {
+            residents::see_off(&process, &state.cgroup, &state.id_map);
+        }
     }
     Ok(())
+}
+
+/// Whether its pid namespace is another container's.
+fn shares_pids(home: &Home) -> bool {
+    let Ok(spec) = home.load_spec() else { return false };
+    let namespaces =
+        spec.linux().as_ref().and_then(|linux| linux.namespaces().as_deref()).unwrap_or_default();
+    !namespaces.iter().any(|ns| ns.typ() == LinuxNamespaceType::Pid && ns.path().is_none())
 }
 
 /// A signal's number, from its number or its name with or without `SIG`, real-time ones included (`SIGRTMIN+3`).
 fn number(text: &str) -> Result<i32> {
     if let Ok(number) = text.parse::<i32>() {
-        return if (0..=libc::SIGRTMAX()).contains(&number) { Ok(number) } else { unknown(text) };
+        // The kernel says which there are.
+        return Ok(number);
     }
     let upper = text.to_ascii_uppercase();
     let name = upper.strip_prefix("SIG").unwrap_or(&upper);
@@ -65,7 +77,7 @@ fn number(text: &str) -> Result<i32> {
 }
 
 fn unknown(text: &str) -> Result<i32> {
-    bail!("unknown signal {text:?}")
+    bail!("unknown signal {}", quoted(text))
 }
 
 #[cfg(test)]
@@ -79,7 +91,7 @@ mod tests {
         {
             assert_eq!(number(text).unwrap(), expected, "{text}");
         }
-        for text in ["", "65", "-1", "SIGNOPE", "RTMIN+99", "RTMIN3"] {
+        for text in ["", "SIGNOPE", "RTMIN+99", "RTMIN3"] {
             assert!(number(text).is_err(), "{text}");
         }
     }

@@ -7,15 +7,13 @@ use serde_json::Value;
 
 use super::Call;
 use super::state::document;
-use crate::cli::OutputFormat;
 use crate::state::all;
 
 /// # Errors
 /// The root not being readable, or standard output.
-pub fn list(call: &Call<'_>, format: OutputFormat, quiet: bool) -> Result<()> {
-    let root = std::path::absolute(&call.global.root)?;
+pub fn list(call: &Call<'_>, format: &str, quiet: bool) -> Result<()> {
     let mut documents = Vec::new();
-    for id in all(&root)? {
+    for id in all(&call.global.root)? {
         let home = call.home(id.as_str())?;
         match home.load() {
             Ok(state) => documents.push(document(&home, &state)),
@@ -31,24 +29,26 @@ pub fn list(call: &Call<'_>, format: OutputFormat, quiet: bool) -> Result<()> {
         for document in &documents {
             writeln!(out, "{}", text(document, "id"))?;
         }
-    } else if format == OutputFormat::Json {
+    } else if format == "json" {
         // runc prints `null` where there is none.
         let printed = if documents.is_empty() { Value::Null } else { Value::Array(documents) };
-        write!(out, "{printed}")?;
-    } else {
+        writeln!(out, "{printed}")?;
+    } else if format == "table" {
         const KEYS: [&str; 6] = ["id", "pid", "status", "bundle", "created", "owner"];
         let mut rows = vec![KEYS.map(str::to_uppercase)];
         rows.extend(documents.iter().map(|document| {
             KEYS.map(|key| if key == "owner" { "root".to_owned() } else { text(document, key) })
         }));
         let width =
-            |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or_default().max(8) + 4;
-        let widths: Vec<usize> = (0..KEYS.len()).map(width).collect();
+            |column: usize| rows.iter().map(|row| row[column].len() + 3).max().unwrap_or_default().max(12);
+        let widths: Vec<usize> = (0..KEYS.len() - 1).map(width).collect();
         for row in &rows {
             let line: String =
                 row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
-            writeln!(out, "{}", line.trim_end())?;
+            writeln!(out, "{line}{}", row[KEYS.len() - 1])?;
         }
+    } else {
+        anyhow::bail!("invalid format option");
     }
     Ok(())
 }

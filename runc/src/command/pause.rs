@@ -13,7 +13,7 @@ pub fn pause(call: &Call<'_>, id: &str) -> Result<()> {
     let state = home.load()?;
     match home.status(&state) {
         Status::Created | Status::Running => {}
-        other => bail!("container not running or created: {}", other.as_str()),
+        _ => bail!("container not running"),
     }
     Freezer::of(&state.cgroup).ok_or(FreezerError::None)?.freeze()?;
     // A commit follows: what it looks at through the engine's overlay is to be what the container has written.

@@ -1,9 +1,9 @@
 //! `run`: create, start, and stay until the container ends, handing on its exit code.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use super::Call;
-use super::create::create;
+use super::create::{Detach, create};
 use super::delete::delete_stopped;
 use super::start::start_created;
 use crate::attend::{Attendance, Terminal};
@@ -18,11 +18,21 @@ pub fn run(call: &Call<'_>, args: &RunArgs) -> Result<i32> {
     let mut create_args = args.create.clone();
     // Signals must be waiting for us before there is a container that could end.
     let attendance = if args.detach { None } else { Some(Attendance::prepare()?) };
+    let detach = if args.detach { Detach::Yes } else { Detach::No };
     let terminal = wants_terminal(args).then(Terminal::listen).transpose()?;
-    if let Some(terminal) = &terminal {
-        create_args.console_socket = Some(terminal.path().to_owned());
+    let detach = match &terminal {
+        Some(terminal) => {
+            create_args.console_socket = Some(terminal.path().to_owned());
+            // To what makes the container, the socket is as good as another's.
+            Detach::Yes
+        }
+        None => detach,
+    };
+    if !args.detach && !args.no_subreaper {
+        // Orphans of a container that shares another's pid namespace come to us, and are reaped.
+        nix::sys::prctl::set_child_subreaper(true).context("prctl(PR_SET_CHILD_SUBREAPER)")?;
     }
-    let (home, state) = create(call, &create_args)?;
+    let (home, state) = create(call, &create_args, detach)?;
     if let Err(error) = start_created(call, &home, &state) {
         residents::kill_all(&state.cgroup, &state.id_map);
         delete_stopped(call, &home, &state)?;
@@ -42,6 +52,6 @@ fn wants_terminal(args: &RunArgs) -> bool {
     if args.detach || args.create.console_socket.is_some() {
         return false;
     }
-    let read = crate::bundle::read(&args.create.bundle);
+    let read = crate::bundle::read(args.create.bundle.as_deref().unwrap_or(std::path::Path::new(".")));
     read.is_ok_and(|b| b.spec.process().as_ref().is_some_and(|process| process.terminal().unwrap_or(false)))
 }

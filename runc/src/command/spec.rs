@@ -7,13 +7,16 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
 /// # Errors
-/// A config.json being there already; it is never overwritten.
-pub fn spec(bundle: &Path) -> Result<()> {
+/// A config.json being there already, which is never overwritten; `--rootless`.
+pub fn spec(bundle: &Path, rootless: bool) -> Result<()> {
+    if rootless {
+        bail!("--rootless: system containers are always made by root");
+    }
     let path = bundle.join("config.json");
     let file = std::fs::OpenOptions::new().write(true).create_new(true).open(&path);
     let mut file = match file {
         Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
-            bail!("File {} exists. Remove it first", path.display())
+            bail!("File config.json exists. Remove it first")
         }
         other => other.with_context(|| format!("create {}", path.display()))?,
     };
@@ -75,8 +78,8 @@ mod tests {
     fn what_is_written_is_a_bundle_and_is_never_overwritten() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir(dir.path().join("rootfs")).unwrap();
-        spec(dir.path()).unwrap();
+        spec(dir.path(), false).unwrap();
         crate::bundle::read(dir.path()).unwrap();
-        assert!(spec(dir.path()).unwrap_err().to_string().contains("exists"));
+        assert!(spec(dir.path(), false).unwrap_err().to_string().contains("exists"));
     }
 }

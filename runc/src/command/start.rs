@@ -22,9 +22,8 @@ pub fn start_created(call: &Call<'_>, home: &Home, state: &State) -> Result<()> 
     match home.status(state) {
         Status::Created => {}
         Status::Stopped => bail!("cannot start a container that has stopped"),
-        Status::Paused => bail!("cannot start a container that is paused"),
         Status::Running => bail!("cannot start an already running container"),
-        Status::Creating => bail!("cannot start a container in the creating state"),
+        other => bail!("cannot start a container in the {} state", other.as_str()),
     }
     state.cgroup.settle(state.id_map.root_uid(), state.id_map.root_gid())?;
     launch::start(&home.dir)?;

@@ -14,7 +14,8 @@ pub fn state(call: &Call<'_>, id: &str) -> Result<()> {
     let home = call.home(id)?;
     let state = home.load()?;
     let text = serde_json::to_string_pretty(&document(&home, &state))?;
-    writeln!(std::io::stdout(), "{text}")?;
+    // runc ends it without a newline.
+    std::io::stdout().write_all(text.as_bytes())?;
     Ok(())
 }
 

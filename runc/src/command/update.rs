@@ -3,7 +3,7 @@
 use std::io::Read;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use oci_spec::runtime::{
     LinuxBlockIo, LinuxBlockIoBuilder, LinuxCpu, LinuxMemory, LinuxPids, LinuxPidsBuilder, LinuxResources,
     LinuxResourcesBuilder,
@@ -11,6 +11,7 @@ use oci_spec::runtime::{
 
 use super::Call;
 use crate::cli::UpdateArgs;
+use crate::cli::numbers::{self, Fault};
 use crate::state::Status;
 
 /// A document of limits is a page, not a film.
@@ -21,16 +22,22 @@ const MAX_DOCUMENT: u64 = 1024 * 1024;
 pub fn update(call: &Call<'_>, args: &UpdateArgs) -> Result<()> {
     let home = call.home(&args.id)?;
     let state = home.load()?;
-    if matches!(home.status(&state), Status::Stopped | Status::Creating) {
-        bail!("cannot update a container that is {}", home.status(&state).as_str());
-    }
-    if args.l3_cache_schema.is_some() || args.mem_bw_schema.is_some() {
-        bail!("--l3-cache-schema, --mem-bw-schema: the container was created without a resctrl group");
-    }
     let resources = match &args.resources {
         Some(path) => document(path)?,
         None => from_flags(args)?,
     };
+    if args.kernel_memory.is_some() || args.kernel_memory_tcp.is_some() {
+        call.log.warn("Kernel memory settings are ignored and will be removed");
+    }
+    if args.l3_cache_schema.is_some() {
+        bail!("Intel RDT/CAT: l3 cache schema is not enabled");
+    }
+    if args.mem_bw_schema.is_some() {
+        bail!("Intel RDT/MBA: memory bandwidth schema is not enabled");
+    }
+    if matches!(home.status(&state), Status::Stopped | Status::Creating) {
+        bail!("container not running");
+    }
     state.cgroup.update(&resources, state.id.as_str())?;
     Ok(())
 }
@@ -41,9 +48,10 @@ fn document(path: &Path) -> Result<LinuxResources> {
     if path == Path::new("-") {
         std::io::stdin().take(MAX_DOCUMENT).read_to_string(&mut text).with_context(shown)?;
     } else {
-        std::fs::File::open(path)
-            .and_then(|file| file.take(MAX_DOCUMENT).read_to_string(&mut text))
-            .with_context(shown)?;
+        let opened = std::fs::File::open(path);
+        let file =
+            opened.map_err(|error| anyhow!("open {}: {}", path.display(), crate::bundle::reason(&error)))?;
+        file.take(MAX_DOCUMENT).read_to_string(&mut text).with_context(shown)?;
     }
     serde_json::from_str(&text).with_context(shown)
 }
@@ -51,85 +59,71 @@ fn document(path: &Path) -> Result<LinuxResources> {
 fn from_flags(args: &UpdateArgs) -> Result<LinuxResources> {
     let mut resources = LinuxResourcesBuilder::default().build()?;
     resources
-        .set_cpu(cpu(args))
+        .set_cpu(cpu(args)?)
         .set_memory(memory(args)?)
         .set_pids(pids(args)?)
         .set_block_io(block_io(args)?);
     Ok(resources)
 }
 
-fn cpu(args: &UpdateArgs) -> Option<LinuxCpu> {
+fn cpu(args: &UpdateArgs) -> Result<Option<LinuxCpu>> {
+    let signed = |name: &str, text: &Option<String>| number(name, "ParseInt", text, numbers::int);
+    let unsigned = |name: &str, text: &Option<String>| number(name, "ParseUint", text, numbers::uint);
     let mut cpu = LinuxCpu::default();
-    cpu.set_shares(args.cpu_share)
-        .set_period(args.cpu_period)
-        .set_quota(args.cpu_quota)
-        .set_burst(args.cpu_burst)
-        .set_idle(args.cpu_idle)
-        .set_realtime_period(args.cpu_rt_period)
-        .set_realtime_runtime(args.cpu_rt_runtime)
+    cpu.set_idle(signed("cpu-idle", &args.cpu_idle)?)
+        .set_burst(unsigned("cpu-burst", &args.cpu_burst)?)
+        .set_period(unsigned("cpu-period", &args.cpu_period)?.filter(|period| *period != 0))
+        .set_realtime_period(unsigned("cpu-rt-period", &args.cpu_rt_period)?.filter(|period| *period != 0))
+        .set_shares(unsigned("cpu-share", &args.cpu_share)?.filter(|shares| *shares != 0))
+        .set_quota(signed("cpu-quota", &args.cpu_quota)?.filter(|quota| *quota != 0))
+        .set_realtime_runtime(signed("cpu-rt-runtime", &args.cpu_rt_runtime)?.filter(|runtime| *runtime != 0))
         .set_cpus(args.cpuset_cpus.clone())
         .set_mems(args.cpuset_mems.clone());
-    (cpu != LinuxCpu::default()).then_some(cpu)
+    Ok((cpu != LinuxCpu::default()).then_some(cpu))
+}
+
+fn number<T>(
+    name: &str,
+    function: &str,
+    text: &Option<String>,
+    parse: impl FnOnce(&str) -> Result<T, Fault>,
+) -> Result<Option<T>> {
+    let Some(text) = text else { return Ok(None) };
+    let said = |fault: Fault| anyhow!("invalid value for {name}: {}", fault.of_conversion(function, text));
+    parse(text).map(Some).map_err(said)
 }
 
 fn memory(args: &UpdateArgs) -> Result<Option<LinuxMemory>> {
-    let bytes = |flag: &str, text: &Option<String>| text.as_deref().map(|text| bytes(flag, text)).transpose();
     let mut memory = LinuxMemory::default();
     memory
-        .set_limit(bytes("--memory", &args.memory)?)
-        .set_reservation(bytes("--memory-reservation", &args.memory_reservation)?)
-        .set_swap(bytes("--memory-swap", &args.memory_swap)?);
+        .set_limit(bytes("memory", &args.memory)?)
+        .set_swap(bytes("memory-swap", &args.memory_swap)?)
+        .set_reservation(bytes("memory-reservation", &args.memory_reservation)?);
+    bytes("kernel-memory", &args.kernel_memory)?;
+    bytes("kernel-memory-tcp", &args.kernel_memory_tcp)?;
     Ok((memory != LinuxMemory::default()).then_some(memory))
 }
 
+/// `-1` for no limit, or an amount.
+fn bytes(name: &str, text: &Option<String>) -> Result<Option<i64>> {
+    match text.as_deref() {
+        None => Ok(None),
+        Some("-1") => Ok(Some(-1)),
+        Some(text) => {
+            numbers::bytes(text).map(Some).map_err(|said| anyhow!("invalid value for {name}: {said}"))
+        }
+    }
+}
+
+/// 0 is not given, to runc.
 fn pids(args: &UpdateArgs) -> Result<Option<LinuxPids>> {
-    let made = args.pids_limit.map(|limit| LinuxPidsBuilder::default().limit(limit).build());
+    let limit = args.pids_limit.filter(|limit| *limit != 0);
+    let made = limit.map(|limit| LinuxPidsBuilder::default().limit(limit).build());
     Ok(made.transpose()?)
 }
 
 fn block_io(args: &UpdateArgs) -> Result<Option<LinuxBlockIo>> {
-    let made = args.blkio_weight.map(|weight| LinuxBlockIoBuilder::default().weight(weight).build());
-    Ok(made.transpose()?)
-}
-
-/// `-1`, or a number with one of the suffixes b, k, m, g, t: powers of 1024, as in runc.
-fn bytes(flag: &str, text: &str) -> Result<i64> {
-    let lower = text.to_ascii_lowercase();
-    let digits = lower.strip_suffix('b').unwrap_or(&lower);
-    let (digits, shift) = match digits.char_indices().last() {
-        Some((at, suffix @ ('k' | 'm' | 'g' | 't'))) => {
-            (&digits[..at], 10 * (1 + "kmgt".find(suffix).unwrap_or_default()))
-        }
-        _ => (digits, 0),
-    };
-    let number: i64 = digits.parse().with_context(|| format!("{flag}: `{text}` is no amount of bytes"))?;
-    match number {
-        -1 if shift == 0 => Ok(-1),
-        0.. => number.checked_mul(1 << shift).with_context(|| format!("{flag}: `{text}` is too much")),
-        _ => bail!("{flag}: `{text}` is no amount of bytes"),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::bytes;
-
-    #[test]
-    fn amounts_have_the_suffixes_of_runc() {
-        for (text, expected) in [
-            ("-1", -1),
-            ("0", 0),
-            ("4096", 4096),
-            ("64m", 64 << 20),
-            ("1G", 1 << 30),
-            ("2kb", 2048),
-            ("9b", 9),
-        ] {
-            assert_eq!(bytes("--memory", text).unwrap(), expected, "{text}");
-        }
-        for text in ["", "m", "-2", "-1k", "1x", "9223372036854775807k", "1.5g"] {
-            let error = bytes("--memory", text).unwrap_err().to_string();
-            assert!(error.starts_with("--memory: "), "{error}");
-        }
-    }
+    let Some(weight) = args.blkio_weight else { return Ok(None) };
+    let weight = u16::try_from(weight).map_err(|_| anyhow!("invalid value for blkio-weight: {weight}"))?;
+    Ok(Some(LinuxBlockIoBuilder::default().weight(weight).build()?))
 }
