@@ -13,6 +13,7 @@ mod freezer;
 mod init;
 mod launch;
 mod limits;
+mod listener;
 mod log;
 mod mirror;
 mod nested;
