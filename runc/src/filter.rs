@@ -13,7 +13,7 @@ use libseccomp::{ScmpAction, ScmpArch, ScmpArgCompare, ScmpCompareOp, ScmpFilter
 use oci_spec::runtime::{
     Arch, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompArg, LinuxSeccompFilterFlag, LinuxSeccompOperator,
 };
-use sysbox_sys::seccomp::{FLAG_LOG, FLAG_SPEC_ALLOW, Instruction};
+use sysbox_sys::seccomp::{FLAG_LOG, FLAG_SPEC_ALLOW, FLAG_WAIT_KILLABLE_RECV, Instruction};
 
 /// A profile ready to be loaded.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -60,8 +60,6 @@ pub enum FilterError {
     Library { what: String, source: libseccomp::error::SeccompError },
     #[error("/linux/seccomp: read the program: {0}")]
     Read(std::io::Error),
-    #[error("/linux/seccomp: action `{0}` is not supported")]
-    Action(String),
     #[error("/linux/seccomp/flags: `{0}` is not supported")]
     Flag(String),
 }
@@ -165,8 +163,16 @@ fn flags(profile: &LinuxSeccomp) -> Result<u32> {
         LinuxSeccompFilterFlag::SeccompFilterFlagSpecAllow => Ok(bits | FLAG_SPEC_ALLOW),
         // For threads that do not exist yet when the filter is loaded: nothing to synchronise.
         LinuxSeccompFilterFlag::SeccompFilterFlagTsync => Ok(bits),
+        // Only a filter with a listener may have it (seccomp(2)).
+        LinuxSeccompFilterFlag::SeccompFilterFlagWaitKillableRecv if notifies(profile) => {
+            Ok(bits | FLAG_WAIT_KILLABLE_RECV)
+        }
         other => Err(FilterError::Flag(name_of(other))),
     })
+}
+
+fn notifies(profile: &LinuxSeccomp) -> bool {
+    profile.syscalls().iter().flatten().any(|rule| rule.action() == LinuxSeccompAction::ScmpActNotify)
 }
 
 fn action(action: LinuxSeccompAction, errno: Option<u32>) -> Result<ScmpAction> {
@@ -179,7 +185,7 @@ fn action(action: LinuxSeccompAction, errno: Option<u32>) -> Result<ScmpAction> 
         LinuxSeccompAction::ScmpActLog => ScmpAction::Log,
         LinuxSeccompAction::ScmpActTrap => ScmpAction::Trap,
         LinuxSeccompAction::ScmpActTrace => ScmpAction::Trace(u16::try_from(errno).unwrap_or_default()),
-        other => return Err(FilterError::Action(name_of(&other))),
+        LinuxSeccompAction::ScmpActNotify => ScmpAction::Notify,
     })
 }
 
@@ -406,12 +412,5 @@ mod tests {
         let filter = Filter { program: program(json!({"defaultAction": "SCMP_ACT_ALLOW"})), flags: FLAG_LOG };
         assert_eq!(Filter::from_bytes(&filter.to_bytes()), Some(filter));
         assert_eq!(Filter::from_bytes(&[0; 11]), None);
-    }
-
-    #[test]
-    fn notify_is_refused_by_name_until_it_is_built() {
-        let profile = json!({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": ["mkdir"], "action": "SCMP_ACT_NOTIFY"}]});
-        let error = compile(&serde_json::from_value(profile).unwrap()).unwrap_err();
-        assert_eq!(error.to_string(), "/linux/seccomp: action `SCMP_ACT_NOTIFY` is not supported");
     }
 }

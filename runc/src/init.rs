@@ -6,7 +6,7 @@
 
 use std::cell::OnceCell;
 use std::collections::{HashMap, HashSet};
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
@@ -22,6 +22,7 @@ use nix::unistd::{AccessFlags, Gid, Uid, faccessat, setfsgid, setfsuid, setgroup
 use oci_spec::runtime::Spec;
 
 use crate::filter::Filter;
+use crate::listener::Giver;
 use crate::plan::Entry;
 use crate::sink::Sink;
 
@@ -39,6 +40,8 @@ pub enum Role {
 pub struct Init {
     pub entry: Entry,
     pub filter: Option<Filter>,
+    /// Where the filter's listener goes, if it notifies.
+    pub giver: Option<Giver>,
     pub role: Role,
     /// Name of the session keyring; `None` keeps the caller's.
     pub keyring: Option<String>,
@@ -52,11 +55,12 @@ impl Init {
     pub fn new(
         entry: Entry,
         filter: Option<Filter>,
+        giver: Option<Giver>,
         role: Role,
         keyring: Option<String>,
         sink: Rc<Sink>,
     ) -> Self {
-        Self { entry, filter, role, keyring, sink, program: OnceCell::new(), listen: OnceCell::new() }
+        Self { entry, filter, giver, role, keyring, sink, program: OnceCell::new(), listen: OnceCell::new() }
     }
 
     fn prepare(&self) -> Result<(), String> {
@@ -110,6 +114,8 @@ impl Init {
 
     fn become_entry(&self) -> Result<(), String> {
         let entry = &self.entry;
+        // Before anything is given up: its thread ends with the exec.
+        let handover = self.giver.as_ref().map(Giver::prepare).transpose()?;
         let said = |what: &'static str| move |errno: Errno| format!("{what}: {}", errno.desc());
         if let Some(umask) = entry.umask {
             nix::sys::stat::umask(Mode::from_bits_truncate(umask));
@@ -147,10 +153,13 @@ impl Init {
         caps::set(None, CapSet::Inheritable, &inherited).map_err(capability)?;
         let ambient = sets.ambient.intersection(&inherited).copied().collect();
         caps::set(None, CapSet::Ambient, &ambient).map_err(capability)?;
-        if let Some(filter) = &self.filter {
-            sysbox_sys::seccomp::load(&filter.program, filter.flags).map_err(|error| error.to_string())?;
+        match (&self.filter, handover) {
+            (Some(filter), Some(handover)) => handover.load(filter),
+            (Some(filter), None) => {
+                sysbox_sys::seccomp::load(&filter.program, filter.flags).map_err(|error| error.to_string())
+            }
+            (None, _) => Ok(()),
         }
-        Ok(())
     }
 
     fn environment(&self) -> Vec<CString> {
@@ -188,12 +197,14 @@ impl Executor for Init {
             eprintln!("sysbox-runc: {message}");
             ExecutorError::Other(message)
         };
-        // Looked up before the filter is loaded: it may not allow what that takes.
+        // All is ready before the filter is loaded: it may not allow what that takes.
         let environment = self.environment();
-        self.become_entry().map_err(failed)?;
         let program = self.program.get().ok_or_else(|| failed("not validated".to_owned()))?;
         let args: Vec<CString> =
             self.entry.args.iter().filter_map(|arg| CString::new(arg.as_str()).ok()).collect();
+        let args: Vec<&CStr> = args.iter().map(CString::as_c_str).collect();
+        let environment: Vec<&CStr> = environment.iter().map(CString::as_c_str).collect();
+        self.become_entry().map_err(failed)?;
         let Err(errno) = nix::unistd::execve(program, &args, &environment);
         Err(failed(format!("exec {}: {}", program.to_string_lossy(), errno.desc().to_lowercase())))
     }

@@ -135,6 +135,7 @@ impl Launch<'_> {
         self,
         enter: impl FnOnce() -> Result<PathBuf, LaunchError>,
         before_start: impl FnOnce(Process) -> Result<(), LaunchError>,
+        after_start: impl FnOnce(Process) -> Result<(), LaunchError>,
     ) -> Result<Process, LaunchError> {
         let socket = self.dir.join(format!("exec-{}.sock", std::process::id()));
         let deadline = Deadline::of("exec", "the container");
@@ -142,6 +143,7 @@ impl Launch<'_> {
         let started = made.and_then(|(process, said, sink)| {
             let released = before_start(process).and_then(|()| {
                 NotifySocket::new(&socket).notify_container_start().map_err(|e| step("start")(&e))?;
+                after_start(process)?;
                 // The pipe ends, empty, when the program's exec closes it.
                 read_until(said, deadline)
             });

@@ -15,6 +15,7 @@ mod fuse;
 mod init;
 mod launch;
 mod limits;
+mod listener;
 mod log;
 mod mirror;
 mod nested;

@@ -4,7 +4,6 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
 use nix::unistd::Pid;
 use sysbox_ipc::IdMap;
 use sysbox_sys::process::{Held, identify};

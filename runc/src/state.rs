@@ -15,6 +15,7 @@ use crate::cgroup::Cgroup;
 use crate::filter::Filter;
 use crate::freezer::Freezer;
 use crate::launch::START_SOCKET;
+use crate::listener::Agent;
 use crate::plan::Settings;
 
 const STATE: &str = "state.json";
@@ -69,6 +70,9 @@ pub struct State {
     pub facts: HostFacts,
     #[serde(default)]
     pub settings: Settings,
+    /// Who answers for the calls that the filter notifies of.
+    #[serde(default)]
+    pub agent: Option<Agent>,
     /// As the engine asked for it; the base of an `exec` by flags.
     pub process: oci_spec::runtime::Process,
 }

@@ -243,6 +243,45 @@ impl AsFd for Connection {
     }
 }
 
+/// Sends bytes and a descriptor over a stream socket.
+///
+/// # Errors
+/// `sendmsg` failing (`EPIPE`: the peer is gone), or not taking all at once.
+pub fn send_descriptor(stream: BorrowedFd<'_>, bytes: &[u8], fd: BorrowedFd<'_>) -> Result<()> {
+    let raw = [fd.as_raw_fd()];
+    let rights = [ControlMessage::ScmRights(&raw)];
+    let parts = [IoSlice::new(bytes)];
+    let sent = loop {
+        match sendmsg::<()>(stream.as_raw_fd(), &parts, &rights, MsgFlags::MSG_NOSIGNAL, None) {
+            Err(Errno::EINTR) => {}
+            other => break other.named(|| "sendmsg".to_owned())?,
+        }
+    };
+    if sent == bytes.len() { Ok(()) } else { Err(SysError::new(Errno::EMSGSIZE, "sendmsg")) }
+}
+
+/// Receives the descriptor that [`send_descriptor`] sent, with one byte.
+///
+/// # Errors
+/// `recvmsg` failing, the peer being gone (`ECONNRESET`), or a message without a descriptor (`EBADMSG`).
+pub fn receive_descriptor(stream: BorrowedFd<'_>) -> Result<OwnedFd> {
+    let mut byte = [0u8];
+    let mut space = cmsg_space!(RawFd);
+    let mut parts = [IoSliceMut::new(&mut byte)];
+    let received =
+        recvmsg::<()>(stream.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)
+            .named(|| "recvmsg".to_owned())?;
+    for message in received.cmsgs().named(|| "recvmsg control data".to_owned())? {
+        if let ControlMessageOwned::ScmRights(raw) = message
+            && let [fd] = raw[..]
+        {
+            return Ok(adopt(fd));
+        }
+    }
+    let errno = if received.bytes == 0 { Errno::ECONNRESET } else { Errno::EBADMSG };
+    Err(SysError::new(errno, "receive a descriptor"))
+}
+
 /// Owns a descriptor that has just been received (SCM_RIGHTS) and is known to nobody else yet.
 pub fn adopt(received: RawFd) -> OwnedFd {
     // SAFETY: the kernel installed it for this process in a recvmsg whose result the caller hands over here.

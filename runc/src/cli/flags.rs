@@ -185,7 +185,7 @@ mod tests {
             ("--interval 1m5s", "interval", "1m5s", ""),
         ] {
             let parsed = parse(FLAGS, &words(line)).unwrap();
-            assert_eq!((parsed.text(name), parsed.args), (Some(value), words(args)), "{line}");
+            assert_eq!((parsed.text(name), parsed.args.clone()), (Some(value), words(args)), "{line}");
         }
         assert_eq!(parse(FLAGS, &words("-g 1 -g 2")).unwrap().texts("gid"), ["1", "2"]);
     }

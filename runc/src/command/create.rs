@@ -23,6 +23,7 @@ use crate::filter::{self, Filter};
 use crate::init::{Init, Role, own_stdio};
 use crate::launch::{Launch, LaunchError, step};
 use crate::limits::{self, Raise};
+use crate::listener::{Agent, Giver};
 use crate::plan::{self, Plan, Settings, Stage};
 use crate::residents;
 use crate::sink::Sink;
@@ -103,10 +104,11 @@ fn attempt<'a>(
     }
     let kept = call.global.run_dir.join("filters");
     let filter = plan.seccomp.as_ref().map(|profile| filter::compile_cached(profile, &kept)).transpose()?;
+    let agent = plan.seccomp.as_ref().map(Agent::of).transpose()?.flatten();
     let asked = bundle.spec.linux().as_ref().and_then(|linux| linux.cgroups_path().clone());
     let cgroup = locate(asked.as_deref(), &home.key.slug(), call.global.systemd_cgroup)?;
     cgroup.require_free()?;
-    let mut state = state_of(home, &bundle, &grant, cgroup, settings)?;
+    let mut state = state_of(home, &bundle, &grant, cgroup, settings, agent)?;
     // From here on a `delete --force` after our death finds what to take away.
     home.save(&state)?;
     tracing::debug!(cgroup = ?state.cgroup, filtered = filter.is_some(), "planned");
@@ -192,6 +194,7 @@ fn launch(
     own_stdio(uid.unwrap_or(map.root_uid()), gid.unwrap_or(map.root_gid()))
         .context("give stdio to the container")?;
     let sink = Rc::new(Sink::open().context("pipe for errors")?);
+    let giver = state.agent.as_ref().map(|_| Giver::listen(&home.dir)).transpose()?;
     let keyring = (!args.no_new_keyring).then(|| format!("_ses.{}", args.id));
     let launch = Launch {
         id: &args.id,
@@ -202,7 +205,7 @@ fn launch(
         console_socket: args.console_socket.as_deref(),
         preserve_fds: args.preserve_fds,
         no_pivot: args.no_pivot,
-        init: Init::new(plan.entry.clone(), filter, Role::First, keyring, sink),
+        init: Init::new(plan.entry.clone(), filter, giver, Role::First, keyring, sink),
     };
     let mut cgroup = state.cgroup.clone();
     let enter = || {
@@ -286,6 +289,7 @@ fn state_of(
     grant: &Grant,
     cgroup: Cgroup,
     settings: Settings,
+    agent: Option<Agent>,
 ) -> Result<State> {
     let process = bundle.spec.process().clone().ok_or_else(|| anyhow!("/process: is missing"))?;
     Ok(State {
@@ -299,6 +303,7 @@ fn state_of(
         id_map: grant.id_map.clone(),
         facts: grant.facts.clone(),
         settings,
+        agent,
         cgroup,
         creator: sysbox_sys::process::myself()?,
         init: None,

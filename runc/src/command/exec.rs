@@ -6,6 +6,7 @@ use std::rc::Rc;
 use anyhow::{Context, Result, bail};
 use nix::unistd::Pid;
 use oci_spec::runtime::{Capability, Process, UserBuilder};
+use sysbox_ipc::mgr::Process as Made;
 use sysbox_sys::process::Held;
 
 use super::{Call, require_preserved, require_terminal_fits, send_pidfd, write_pid_file};
@@ -16,6 +17,7 @@ use crate::cli::numbers::{self, Fault};
 use crate::init::{Init, Role, own_stdio};
 use crate::launch::{Joined, Launch, LaunchError, step, tenant_spec};
 use crate::limits::{self, Raise};
+use crate::listener::{Giver, Relay};
 use crate::plan;
 use crate::sink::Sink;
 use crate::state::Status;
@@ -67,6 +69,13 @@ pub fn exec(call: &Call<'_>, args: &ExecArgs) -> Result<i32> {
     own_stdio(uid.unwrap_or(map.root_uid()), gid.unwrap_or(map.root_gid()))
         .context("give stdio to the container")?;
     let sink = Rc::new(Sink::open().context("pipe for errors")?);
+    let (giver, mut relay) = match &state.agent {
+        Some(agent) => {
+            let (giver, stream) = Giver::pair()?;
+            (Some(giver), Some(Relay::to_later(agent, stream)?))
+        }
+        None => (None, None),
+    };
     let launch = Launch {
         id: &args.id,
         bundle: &state.bundle,
@@ -76,7 +85,7 @@ pub fn exec(call: &Call<'_>, args: &ExecArgs) -> Result<i32> {
         console_socket,
         preserve_fds: args.preserve_fds,
         no_pivot: false,
-        init: Init::new(entry, filter, Role::Later, Some(format!("_ses.{}", args.id)), sink),
+        init: Init::new(entry, filter, giver, Role::Later, Some(format!("_ses.{}", args.id)), sink),
     };
     let raise =
         if state.facts.raise_rlimits && state.settings.common.syscont_mode { Raise::Yes } else { Raise::No };
@@ -84,13 +93,21 @@ pub fn exec(call: &Call<'_>, args: &ExecArgs) -> Result<i32> {
         let entered = state.cgroup.enter_for_exec(&init).and_then(|()| state.cgroup.path_for_exec(&init));
         entered.map_err(|e| LaunchError::Cgroup(e.to_string()))
     };
-    let started = launch.exec(enter, |made| {
+    let before_start = |made: Made| {
         let follow = state.cgroup.follow(&init, Pid::from_raw(made.pid));
         follow.map_err(|e| LaunchError::Cgroup(e.to_string()))?;
         below.join(&state.cgroup, Pid::from_raw(made.pid)).map_err(|e| LaunchError::Cgroup(e.to_string()))?;
         let asked = process.rlimits().as_deref().unwrap_or_default();
         limits::apply(made.pid, asked, raise).map_err(|e| step("set limits")(&e))
-    })?;
+    };
+    let after_start = |made: Made| match relay.take() {
+        Some(relay) => {
+            let handed = relay.hand_on(&state, Status::Running.as_str(), made.pid);
+            handed.map_err(|e| step("seccomp listener")(&e))
+        }
+        None => Ok(()),
+    };
+    let started = launch.exec(enter, before_start, after_start)?;
     tracing::debug!(pid = started.pid, "the program runs");
     if let Some(path) = &args.pidfd_socket {
         send_pidfd(path, started)?;

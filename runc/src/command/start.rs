@@ -4,6 +4,7 @@ use anyhow::{Result, bail};
 
 use super::Call;
 use crate::launch;
+use crate::listener::{self, Relay};
 use crate::state::{Home, State, Status};
 
 /// # Errors
@@ -26,7 +27,12 @@ pub fn start_created(call: &Call<'_>, home: &Home, state: &State) -> Result<()> 
         other => bail!("cannot start a container in the {} state", other.as_str()),
     }
     state.cgroup.settle(state.id_map.root_uid(), state.id_map.root_gid())?;
+    let relay = state.agent.as_ref().map(|agent| Relay::to_init(agent, &home.dir)).transpose()?;
     launch::start(&home.dir)?;
+    if let Some(relay) = relay {
+        relay.hand_on(state, Status::Created.as_str(), state.init.map_or(0, |init| init.pid))?;
+        listener::forget(&home.dir);
+    }
     tracing::debug!(id = home.key.id.as_str(), "started");
     if let Err(error) = launch::run_hooks(home, state, launch::HookTime::PostStart) {
         // The specification: a failing poststart hook is told, and the container goes on.
