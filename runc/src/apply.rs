@@ -467,7 +467,8 @@ impl Base<'_> {
             }
         };
         let beside = overlay.upper.parent().unwrap_or(Path::new("/"));
-        preload::bring(&overlay.lowers, path, on_disk.as_fd(), beside).attempt(shown)?;
+        let brought = preload::bring(&overlay.lowers, path, on_disk.as_fd(), beside).attempt(shown)?;
+        staged.warnings.extend(brought);
         let clone = m::clone_fd(on_disk.as_fd(), Depth::One).attempt(shown)?;
         if self.plan.root.shift != Shift::Never {
             m::set_idmap(clone.as_fd(), self.shifter, Depth::One).attempt(shown)?;

@@ -8,7 +8,7 @@ use std::io::{IsTerminal, Write};
 use serde_json::{Map, Value};
 use tracing::field::{Field, Visit};
 use tracing_subscriber::Layer;
-use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::{Context, SubscriberExt};
 
 use crate::cli::numbers::quoted;
@@ -33,7 +33,14 @@ impl Log {
             .as_ref()
             .map(|path| OpenOptions::new().create(true).append(true).open(path))
             .transpose()?;
-        let level = if global.debug { LevelFilter::DEBUG } else { LevelFilter::OFF };
+        // What takes long is told to the log as it goes on; the rest only if asked for.
+        let mut level = Targets::new();
+        if global.debug {
+            level = level.with_default(LevelFilter::DEBUG);
+        } else if file.is_some() {
+            level = level.with_target("sysbox_runc::preload", LevelFilter::INFO);
+            level = level.with_target("sysbox_runc::carry", LevelFilter::INFO);
+        }
         let told = Told { file: file.as_ref().map(File::try_clone).transpose()?, format: global.log_format };
         let subscriber = tracing_subscriber::registry()
             .with(Events.with_filter(LevelFilter::ERROR))
@@ -109,7 +116,8 @@ impl<S: tracing::Subscriber> Layer<S> for Told {
         let mut words = Words::default();
         event.record(&mut words);
         // Whatever an event thinks of itself: engines take the last `error` for the outcome, and that is `Log::error`'s.
-        let line = line(self.format, "debug", &words.message, &words.fields);
+        let level = if *event.metadata().level() == tracing::Level::INFO { "info" } else { "debug" };
+        let line = line(self.format, level, &words.message, &words.fields);
         let _full = match self.file.as_ref() {
             Some(mut file) => file.write_all(line.as_bytes()),
             None => std::io::stderr().write_all(line.as_bytes()),

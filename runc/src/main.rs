@@ -3,6 +3,7 @@
 mod apply;
 mod attend;
 mod bundle;
+mod carry;
 mod cgroup;
 mod cli;
 mod command;

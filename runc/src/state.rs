@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use sysbox_ipc::mgr::{HostFacts, Process};
 use sysbox_ipc::{ContainerId, ContainerKey, IdMap};
 
+use crate::carry::Carried;
 use crate::cgroup::Cgroup;
 use crate::filter::Filter;
 use crate::freezer::Freezer;
@@ -67,6 +68,9 @@ pub struct State {
     /// The poststop hooks have run: a delete that had to be repeated does not repeat them.
     #[serde(default)]
     pub poststop_ran: bool,
+    /// What is to be listed before an engine makes an image of it.
+    #[serde(default)]
+    pub carried: Carried,
     pub facts: HostFacts,
     #[serde(default)]
     pub settings: Settings,

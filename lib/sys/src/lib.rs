@@ -10,6 +10,7 @@ pub mod path;
 pub mod probe;
 pub mod process;
 pub mod ready;
+pub mod reflink;
 pub mod rlimit;
 pub mod seccomp;
 pub mod socket;

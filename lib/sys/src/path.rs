@@ -29,6 +29,25 @@ pub fn open_in_root(root: BorrowedFd<'_>, path: &Path, flags: OFlag) -> Result<O
     }
 }
 
+/// Opens `path` beneath `root`, by no link and across no mount; an empty path is `root` itself.
+///
+/// # Errors
+/// As open(2); `ELOOP` for a link anywhere in the path (at its end not with O_PATH and O_NOFOLLOW), `EXDEV` for a mount.
+pub fn open_beneath(root: BorrowedFd<'_>, path: &Path, flags: OFlag) -> Result<OwnedFd> {
+    let relative = path.strip_prefix("/").unwrap_or(path);
+    let relative = if relative.as_os_str().is_empty() { Path::new(".") } else { relative };
+    let how = OpenHow::new().flags(flags | OFlag::O_CLOEXEC).resolve(
+        ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_NO_XDEV,
+    );
+    loop {
+        match openat2(root, relative, how) {
+            // EAGAIN: a rename on the way made the walk uncertain; the kernel asks for another try.
+            Err(Errno::EINTR | Errno::EAGAIN) => {}
+            other => return other.named(|| format!("openat2(<root>, {}, BENEATH)", path.display())),
+        }
+    }
+}
+
 /// What a mount target has to be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {

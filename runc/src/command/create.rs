@@ -16,6 +16,7 @@ use sysbox_sys::process::Held;
 use super::{Call, require_preserved, require_terminal_fits, send_pidfd, write_pid_file};
 use crate::apply::{self, Staged};
 use crate::bundle::{self, Bundle};
+use crate::carry::Carried;
 use crate::cgroup::{Cgroup, begin_grace_period, locate};
 use crate::cli::CreateArgs;
 use crate::daemons::{Fs, Mgr};
@@ -108,7 +109,8 @@ fn attempt<'a>(
     let asked = bundle.spec.linux().as_ref().and_then(|linux| linux.cgroups_path().clone());
     let cgroup = locate(asked.as_deref(), &home.key.slug(), call.global.systemd_cgroup)?;
     cgroup.require_free()?;
-    let mut state = state_of(home, &bundle, &grant, cgroup, settings, agent)?;
+    let carried = carried(&survey, &plan);
+    let mut state = State { carried, ..state_of(home, &bundle, &grant, cgroup, settings, agent)? };
     // From here on a `delete --force` after our death finds what to take away.
     home.save(&state)?;
     tracing::debug!(cgroup = ?state.cgroup, filtered = filter.is_some(), "planned");
@@ -278,6 +280,16 @@ fn claims(bundle: &Bundle, survey: &Survey) -> Vec<Claim> {
     plan::wanted(bundle, &survey.ground).into_iter().filter_map(claim).collect()
 }
 
+fn carried(survey: &Survey, plan: &Plan) -> Carried {
+    match &survey.ground {
+        Ground::Overlay(overlay) => Carried {
+            upper: overlay.upper.clone(),
+            roots: plan.layer_roots.iter().map(|root| root.path.clone()).collect(),
+        },
+        Ground::Directory => Carried::default(),
+    }
+}
+
 fn settings_of(bundle: &Bundle, defaults: Defaults) -> Result<Settings, plan::SettingError> {
     let env = bundle.spec.process().as_ref().and_then(|process| process.env().as_deref());
     Settings::read(env.unwrap_or_default(), defaults)
@@ -308,6 +320,7 @@ fn state_of(
         creator: sysbox_sys::process::myself()?,
         init: None,
         poststop_ran: false,
+        carried: Carried::default(),
         process,
     })
 }

@@ -7,6 +7,7 @@ use nix::errno::Errno;
 use sysbox_sys::process::Held;
 
 use super::Call;
+use crate::carry;
 use crate::daemons::{Fs, Mgr};
 use crate::launch::{self, HookTime};
 use crate::residents;
@@ -75,6 +76,12 @@ pub fn delete_stopped(call: &Call<'_>, home: &Home, state: &State) -> Result<()>
     residents::kill_all(&state.cgroup, &state.id_map);
     let mut failures: Vec<String> =
         state.cgroup.remove(state.id.as_str()).iter().map(ToString::to_string).collect();
+    // The legacy builder makes an image of what has ended. An engine that removes it has taken its layer away by now or will.
+    if failures.is_empty() && state.carried.upper.exists() {
+        for failure in carry::record(&state.carried) {
+            call.log.warn(&format!("an image made now may lack attributes of inner images: {failure}"));
+        }
+    }
     failures.extend(told(Fs::connect(&call.global.run_dir).and_then(|fs| fs.unregister(&home.key))));
     failures.extend(told(Mgr::connect(&call.global.run_dir).and_then(|mgr| mgr.release(&home.key))));
     if !state.poststop_ran

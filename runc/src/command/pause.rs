@@ -3,6 +3,7 @@
 use anyhow::{Result, bail};
 
 use super::Call;
+use crate::carry;
 use crate::freezer::{Freezer, FreezerError};
 use crate::state::Status;
 
@@ -16,6 +17,9 @@ pub fn pause(call: &Call<'_>, id: &str) -> Result<()> {
         _ => bail!("container not running"),
     }
     Freezer::of(&state.cgroup).ok_or(FreezerError::None)?.freeze()?;
+    for failure in carry::record(&state.carried) {
+        call.log.warn(&format!("an image made now may lack attributes of inner images: {failure}"));
+    }
     // A commit follows: what it looks at through the engine's overlay is to be what the container has written.
     crate::overlay::flush(&state.rootfs);
     Ok(())
@@ -28,6 +32,9 @@ pub fn resume(call: &Call<'_>, id: &str) -> Result<()> {
     let state = home.load()?;
     if home.status(&state) != Status::Paused {
         bail!("container not paused");
+    }
+    for failure in carry::forget_all(&state.carried) {
+        call.log.warn(&format!("an image made from now on may lack what changed: {failure}"));
     }
     Ok(Freezer::of(&state.cgroup).ok_or(FreezerError::None)?.thaw()?)
 }
