@@ -49,6 +49,13 @@ const FLAGS: &[Flag] = &[
         kind: Kind::Sets(|defaults, on| defaults.fsuid_map_fail_on_error = on),
     },
     Flag {
+        name: "data-root-volumes",
+        help: "Not Sysbox's. Keep the data of inner engines in volumes below DATA_ROOT, which `docker commit` does not carry, \
+               instead of the container's own layer. A container says otherwise with SYSBOX_DATA_ROOT=volume or layer",
+        default: false,
+        kind: Kind::Sets(|defaults, on| defaults.data_root_volumes = on),
+    },
+    Flag {
         name: "allow-trusted-xattr",
         help: "Accepted; changes nothing",
         default: false,
@@ -197,6 +204,7 @@ mod tests {
         assert_eq!(flags.defaults, expected);
         assert_eq!(flags.given, ["--honor-caps=true", "--syscont-mode=false", "--relaxed-read-only=true"]);
         assert!(read(&["--fsuid-map-fail-on-error"]).unwrap().defaults.fsuid_map_fail_on_error);
+        assert!(read(&["--data-root-volumes"]).unwrap().defaults.data_root_volumes);
     }
 
     #[test]

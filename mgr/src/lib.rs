@@ -18,6 +18,7 @@ pub mod server;
 pub mod store;
 pub mod subid;
 pub mod vault;
+pub mod volumes;
 pub mod watch;
 
 /// An error with all its causes, on one line.

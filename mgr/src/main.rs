@@ -16,8 +16,9 @@ use sysbox_log::{Format, Target};
 use sysbox_mgr::coherence::Coherence;
 use sysbox_mgr::flags::Flags;
 use sysbox_mgr::ledger::{Foreign, Ledger};
-use sysbox_mgr::server::Server;
+use sysbox_mgr::server::{Kept, Server};
 use sysbox_mgr::store::Store;
+use sysbox_mgr::volumes::Volumes;
 use sysbox_mgr::watch::Watch;
 use sysbox_mgr::{facts, instance, observe, subid};
 use sysbox_sys::ready::notify;
@@ -168,7 +169,11 @@ fn serve(arguments: &Arguments, log: &Target) -> anyhow::Result<()> {
     let coherence = Coherence::start()
         .inspect_err(|error| warn!(%error, "what an engine writes into a running container may show late"))
         .ok();
-    let mut server = Server::new(ledger, store, watch, facts, arguments.sysbox.defaults, coherence);
+    let volumes = Volumes::open(data_root, |slug| {
+        ledger.records().any(|record| record.key.slug() == slug) || store.is_blocked(slug)
+    })?;
+    let kept = Kept { store, volumes };
+    let mut server = Server::new(ledger, kept, watch, facts, arguments.sysbox.defaults, coherence);
     tell("READY=1");
     info!(socket = %path.display(), "ready");
     loop {

@@ -23,6 +23,7 @@ use crate::ledger::{Fate, Layer, Ledger, Release, fate, process_of, ranges};
 use crate::observe;
 use crate::store::Store;
 use crate::vault::Vault;
+use crate::volumes::Volumes;
 use crate::watch::{Watch, Woken};
 
 /// How long a new peer may take for its Hello.
@@ -35,7 +36,7 @@ const PAGE: usize = MAX_MESSAGE - 1024;
 #[derive(Debug)]
 pub struct Server {
     ledger: Ledger,
-    store: Store,
+    kept: Kept,
     watch: Watch,
     facts: HostFacts,
     defaults: Defaults,
@@ -44,6 +45,13 @@ pub struct Server {
     peers: BTreeMap<u64, Peer>,
     /// Deleted by the engine while their init still ran.
     releasing: BTreeSet<ContainerKey>,
+}
+
+/// What is on disk.
+#[derive(Debug)]
+pub struct Kept {
+    pub store: Store,
+    pub volumes: Volumes,
 }
 
 #[derive(Debug)]
@@ -63,14 +71,14 @@ impl Server {
     /// Takes over the records found at start: what has ended meanwhile is dealt with, the rest is watched again.
     pub fn new(
         ledger: Ledger,
-        store: Store,
+        kept: Kept,
         watch: Watch,
         facts: HostFacts,
         defaults: Defaults,
         coherence: Option<Coherence>,
     ) -> Self {
         let (vault, peers, releasing) = (Vault::default(), BTreeMap::new(), BTreeSet::new());
-        let mut server = Self { ledger, store, watch, facts, defaults, vault, coherence, peers, releasing };
+        let mut server = Self { ledger, kept, watch, facts, defaults, vault, coherence, peers, releasing };
         server.sweep();
         let kept: Vec<Record> = server.ledger.records().cloned().collect();
         for record in kept {
@@ -177,6 +185,9 @@ impl Server {
                 self.register(&request).map(|grant| Answer::Reply(Reply::Granted(Box::new(grant))))
             }
             Request::Started { key, init } => self.started(&key, init).map(done),
+            Request::MakeVolumes { key, names, uid, gid } => {
+                self.make_volumes(&key, &names, (uid, gid)).map(done)
+            }
             Request::Release { key } => self.release(&key).map(done),
             Request::Facts => Ok(Answer::Reply(Reply::Facts(self.facts.clone()))),
             Request::Records { after } => Ok(Answer::Reply(self.page_of_records(after.as_ref()))),
@@ -191,7 +202,7 @@ impl Server {
     }
 
     fn register(&mut self, request: &Register) -> Result<Grant, Refusal> {
-        if let Some(path) = self.store.blocks(&request.key) {
+        if let Some(path) = self.kept.store.blocks(&request.key) {
             let text =
                 format!("register container `{}`: its record {} is unusable", request.key, path.display());
             let hint = "it may be of a newer sysbox-mgr: install that one, or move the file away";
@@ -227,6 +238,7 @@ impl Server {
         let shared = registered.share_with.is_some();
         info!(container = %record.key, slot, root_uid, allocated = record.allocated, shared, "registered");
         self.releasing.remove(&record.key);
+        let volumes = self.kept.volumes.of(&request.key);
         Ok(Grant {
             id_map: record.id_map,
             slot,
@@ -234,7 +246,22 @@ impl Server {
             same_rootfs: registered.same_rootfs,
             facts: self.facts.clone(),
             defaults: self.defaults,
+            volumes,
         })
+    }
+
+    fn make_volumes(
+        &mut self,
+        key: &ContainerKey,
+        names: &[String],
+        owner: (u32, u32),
+    ) -> Result<(), Refusal> {
+        // Without a record nobody would take them away again.
+        if !self.ledger.get(key).is_some_and(|record| matches!(record.phase, Phase::Creating { .. })) {
+            let text = format!("make volumes for container `{key}`: it is not being created");
+            return Err(Refusal::new(RefusalKind::NotFound, text));
+        }
+        self.kept.volumes.make(key, names, owner).map_err(|error| internal(&error))
     }
 
     fn started(&mut self, key: &ContainerKey, init: Process) -> Result<(), Refusal> {
@@ -325,7 +352,9 @@ impl Server {
                 }
             }
             Fate::Remove => {
-                self.store.remove(&key).map_err(|error| internal(&error))?;
+                // Before the record, by which they are known.
+                self.kept.volumes.remove(&key).map_err(|error| internal(&error))?;
+                self.kept.store.remove(&key).map_err(|error| internal(&error))?;
                 self.ledger.remove(&key);
                 self.watch.forget_process(&key);
                 self.watch.forget_layer(&key);
@@ -336,7 +365,7 @@ impl Server {
     }
 
     fn put(&mut self, record: Record) -> Result<(), Refusal> {
-        self.store.write(&record).map_err(|error| internal(&error))?;
+        self.kept.store.write(&record).map_err(|error| internal(&error))?;
         self.ledger.commit(record);
         Ok(())
     }

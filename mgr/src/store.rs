@@ -112,6 +112,11 @@ impl Store {
         self.blocked.contains(&slug).then(|| self.path(&slug))
     }
 
+    /// Whether a file of this name is there that we cannot use.
+    pub fn is_blocked(&self, slug: &str) -> bool {
+        self.blocked.contains(slug)
+    }
+
     /// Makes this the record of its container.
     ///
     /// # Errors

@@ -22,8 +22,9 @@ use sysbox_sys::path::{Kind, make_in_root, open_in_root, proc_path};
 use sysbox_sys::{SysError, creds, userns};
 
 use crate::plan::{Attributes, Bind, Extent, Node, Place, Plan, Receives, Shift, Stage, Target, TargetKind};
-use crate::preload;
 use crate::survey::{Ground, Overlay, Survey};
+
+mod roots;
 
 #[derive(Debug, thiserror::Error)]
 pub enum ApplyError {
@@ -155,7 +156,7 @@ pub fn apply(
         .iter()
         .map(|bind| clone_source(bind, shifter.as_fd(), &mut warnings))
         .collect::<Result<_>>()?;
-    let base = Base { plan, stage, map, facts, shifter: shifter.as_fd() };
+    let base = Base { plan, rootfs, stage, map, facts, shifter: shifter.as_fd() };
     let root_mount = match &survey.ground {
         Ground::Overlay(overlay) if plan.root.shift != Shift::Never => base.overlay(overlay, rootfs)?,
         _ => base.directory(rootfs)?,
@@ -212,6 +213,7 @@ fn fill(base: &Base<'_>, survey: &Survey, clones: &[OwnedFd], staged: &mut Stage
             base.attach_staged(root.bind, true, clone.as_fd())?;
         }
     }
+    base.fill_volumes(staged, survey)?;
     for path in &plan.masks {
         base.mask(staged, path)?;
     }
@@ -299,6 +301,7 @@ const USUAL: &[&str] = &[
 
 struct Base<'a> {
     plan: &'a Plan,
+    rootfs: &'a Path,
     stage: &'a Stage,
     map: &'a IdMap,
     facts: &'a HostFacts,
@@ -441,39 +444,6 @@ impl Base<'_> {
         let target =
             nix::fcntl::open(&point, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).attempt(shown)?;
         m::attach(clone, target.as_fd()).attempt(shown)
-    }
-
-    /// A data root from the container's own layer: the directory on disk that holds it, shifted, for an inner engine to
-    /// use as the real file system that it is (docs/decisions/0003-data-roots.md).
-    fn layer_root(&self, staged: &mut Staged, overlay: &Overlay, path: &Path) -> Result<OwnedFd> {
-        let shown = || format!("data root {}", path.display());
-        let point =
-            self.make_target(staged, &Target { path: path.to_owned(), kind: TargetKind::Directory })?;
-        let open = || preload::open_in_layer(&overlay.upper, path, OFlag::O_PATH);
-        let on_disk = match open().attempt(shown)? {
-            Some(on_disk) => on_disk,
-            None => {
-                // Only in lower layers: setting the mode it has copies the directory up.
-                let readable =
-                    open_in_root(point.as_fd(), Path::new("/"), OFlag::O_RDONLY | OFlag::O_DIRECTORY);
-                let readable = readable.attempt(shown)?;
-                let mode = Mode::from_bits_truncate(fstat(&readable).attempt(shown)?.st_mode & 0o7777);
-                let (uid, gid) = self.disk_ids();
-                creds::with_fs_ids(uid, gid, || nix::sys::stat::fchmod(&readable, mode))
-                    .attempt(shown)?
-                    .attempt(shown)?;
-                let missing = || SysError::new(Errno::ENOENT, "the copied-up directory");
-                open().and_then(|found| found.ok_or_else(missing)).attempt(shown)?
-            }
-        };
-        let beside = overlay.upper.parent().unwrap_or(Path::new("/"));
-        let brought = preload::bring(&overlay.lowers, path, on_disk.as_fd(), beside).attempt(shown)?;
-        staged.warnings.extend(brought);
-        let clone = m::clone_fd(on_disk.as_fd(), Depth::One).attempt(shown)?;
-        if self.plan.root.shift != Shift::Never {
-            m::set_idmap(clone.as_fd(), self.shifter, Depth::One).attempt(shown)?;
-        }
-        Ok(clone)
     }
 
     /// Hides a path of the rootfs for good: a directory under an empty read-only tmpfs, a file under /dev/null.

@@ -103,6 +103,12 @@ impl Mgr {
     }
 
     /// # Errors
+    /// The daemon failing at it: a full disk.
+    pub fn make_volumes(&self, key: &ContainerKey, names: Vec<String>, (uid, gid): (u32, u32)) -> Result<()> {
+        self.done(&mgr::Request::MakeVolumes { key: key.clone(), names, uid, gid })
+    }
+
+    /// # Errors
     /// The daemon failing at it.
     pub fn release(&self, key: &ContainerKey) -> Result<()> {
         self.done(&mgr::Request::Release { key: key.clone() })

@@ -9,6 +9,7 @@ mod cli;
 mod command;
 mod cpuset;
 mod daemons;
+mod elsewhere;
 mod figures;
 mod filter;
 mod freezer;

@@ -45,6 +45,8 @@ pub fn open_in_layer(layer: &Path, path: &Path, flags: OFlag) -> sysbox_sys::Res
 
 /// Set on the directory in the container's own layer when everything is there: a copy that was cut off is begun again.
 const DONE: &std::ffi::CStr = c"trusted.sysbox.preloaded";
+/// What is not whole yet, beside the layer.
+const FRESH: &str = "sysbox-preload";
 const OPAQUE: &std::ffi::CStr = c"trusted.overlay.opaque";
 /// The largest list that is read: a million files or so.
 const LONGEST_LIST: u64 = 256 << 20;
@@ -71,22 +73,16 @@ pub fn bring(
     let parts = parts(lowers, path)?;
     if !parts.is_empty() {
         let what = || format!("bring {} of the image", path.display());
-        let fresh = beside.join("sysbox-preload");
-        match std::fs::remove_dir_all(&fresh) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error).named(what),
-            _ => {}
-        }
-        std::fs::DirBuilder::new().mode(0o700).create(&fresh).named(what)?;
-        let into = OwnedFd::from(File::open(&fresh).named(what)?);
+        let around = File::open(beside).named(what)?;
+        remove(around.as_fd(), FRESH.as_ref())?;
+        std::fs::DirBuilder::new().mode(0o700).create(beside.join(FRESH)).named(what)?;
+        let into = open_beneath(around.as_fd(), Path::new(FRESH), OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;
         let filled = fill(&parts, into.as_fd(), path, &mut warnings)
             .and_then(|()| carry::forget(into.as_fd()))
             .and_then(|()| move_all(into.as_fd(), target));
-        if let Err(error) = std::fs::remove_dir_all(&fresh).named(what) {
-            // The first failure is the one that matters; what is left is taken away by the next create, or with the layer.
-            filled?;
-            return Err(error);
-        }
-        filled?;
+        let removed = remove(around.as_fd(), FRESH.as_ref());
+        // The first failure is the one that matters; what is left is taken away by the next create, or with the layer.
+        filled.and(removed)?;
     }
     xattr::set(target, DONE, b"1").map(|()| warnings)
 }

@@ -1,6 +1,7 @@
 //! What must be looked up before a plan can be made: what the rootfs stands on, what each bind source is. Reads only.
 
 use std::collections::BTreeMap;
+use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -8,6 +9,7 @@ use oci_spec::runtime::Spec;
 use sysbox_ipc::mgr::{Ancestor, FileId};
 
 use crate::bundle::Bundle;
+use crate::elsewhere::{self, Moved};
 
 /// The engine's overlay, as mountinfo tells it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,8 +51,15 @@ pub struct Survey {
     pub dev_is_link: bool,
     /// Bind sources by path; one that is missing is not here.
     pub sources: BTreeMap<PathBuf, Source>,
-    /// Data roots at which the image has a link or a file.
-    pub unusable_roots: Vec<&'static str>,
+    /// Data roots that the image has moved.
+    pub moved_roots: Vec<Moved>,
+    /// Data roots, moved ones among them, at which the image has a link or a file.
+    pub unusable_roots: Vec<PathBuf>,
+    /// Those at which it has a directory.
+    pub present_roots: Vec<PathBuf>,
+    /// Whether what holds the writable layer, or the rootfs that is none, can hold the upper layer of an overlay of a user
+    /// namespace.
+    pub takes_overlays: bool,
     /// Host paths that exist, among those the plan may want: /dev/fuse, /sys/kernel/debug …
     pub present: Vec<&'static str>,
     /// CLOCK_BOOTTIME, in nanoseconds.
@@ -86,32 +95,61 @@ pub fn look(bundle: &Bundle) -> Result<Survey, SurveyError> {
     let mountinfo = std::fs::read_to_string("/proc/self/mountinfo").map_err(SurveyError::Mountinfo)?;
     let rootfs = std::fs::metadata(&bundle.rootfs)
         .map_err(|source| SurveyError::Rootfs { path: bundle.rootfs.clone(), source })?;
+    let ground = ground_of(&bundle.rootfs, &mountinfo)?;
+    let moved_roots = std::fs::File::open(&bundle.rootfs)
+        .map(|root| elsewhere::look(root.as_fd()))
+        .map_err(|source| SurveyError::Rootfs { path: bundle.rootfs.clone(), source })?;
+    let (present_roots, unusable_roots) = roots_of(&bundle.rootfs, &moved_roots);
     Ok(Survey {
-        ground: ground_of(&bundle.rootfs, &mountinfo)?,
+        ground: ground.clone(),
         root_owner: (rootfs.uid(), rootfs.gid()),
         root_exposed: is_exposed(&bundle.rootfs),
         dev_is_link: bundle.rootfs.join("dev").is_symlink(),
         sources: sources_of(&bundle.spec, &bundle.dir),
-        unusable_roots: unusable_roots(&bundle.rootfs),
+        unusable_roots,
+        present_roots,
+        takes_overlays: takes_overlays(match &ground {
+            Ground::Overlay(overlay) => &overlay.upper,
+            Ground::Directory => &bundle.rootfs,
+        }),
+        moved_roots,
         present: ASKED.iter().copied().filter(|path| Path::new(path).exists()).collect(),
         boottime_ns: boottime_ns(),
         cgroup_v2: magic_of(Path::new("/sys/fs/cgroup")) == CGROUP2_MAGIC,
     })
 }
 
-/// By a walk that follows no link: what is no directory at its end, or on the way, is none.
-fn unusable_roots(rootfs: &Path) -> Vec<&'static str> {
+/// The data roots that are there as directories, and those at which something else is. By a walk that follows no link: what is
+/// no directory at its end, or on the way, is none.
+fn roots_of(rootfs: &Path, moved: &[Moved]) -> (Vec<PathBuf>, Vec<PathBuf>) {
     use nix::errno::Errno;
     use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
-    let Ok(root) = std::fs::File::open(rootfs) else { return Vec::new() };
+    let Ok(root) = std::fs::File::open(rootfs) else { return (Vec::new(), Vec::new()) };
     let how = OpenHow::new()
         .flags(OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC)
         .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS);
-    let is_no_directory = |path: &&&str| {
-        let inside = path.strip_prefix('/').unwrap_or(path);
-        !matches!(openat2(&root, inside, how), Ok(_) | Err(Errno::ENOENT))
-    };
-    sysbox_ipc::mgr::DATA_ROOTS.iter().filter(is_no_directory).copied().collect()
+    let known = sysbox_ipc::mgr::DATA_ROOTS.iter().map(PathBuf::from);
+    let (mut present, mut unusable) = (Vec::new(), Vec::new());
+    for path in known.chain(moved.iter().map(|moved| moved.path.clone())) {
+        let inside = path.strip_prefix("/").unwrap_or(&path);
+        match openat2(&root, inside, how) {
+            Ok(_) => present.push(path),
+            Err(Errno::ENOENT) => {}
+            Err(_) => unusable.push(path),
+        }
+    }
+    (present, unusable)
+}
+
+/// What the kernel wants of an upper layer (ovl_get_upper), as far as it can be seen without making anything: a file system that
+/// is none of those refused, and that keeps `user.` attributes.
+fn takes_overlays(dir: &Path) -> bool {
+    const REFUSED: &[i64] = &[OVERLAY_MAGIC, libc::NFS_SUPER_MAGIC];
+    let keeps_attributes = std::fs::File::open(dir).is_ok_and(|dir| {
+        let itself = sysbox_sys::xattr::Entry { dir: dir.as_fd(), name: ".".as_ref() };
+        !itself.get(c"user.overlay.opaque").is_err_and(|error| error.errno == nix::errno::Errno::ENOTSUP)
+    });
+    keeps_attributes && !REFUSED.contains(&magic_of(dir))
 }
 
 /// A profile that is named must be there: the kernel would say only that some file does not exist.

@@ -68,6 +68,14 @@ pub enum Request {
     Release {
         key: ContainerKey,
     },
+    /// `create`: makes the named directories in [`Grant::volumes`], for a user with these ids on disk. They stay as long as
+    /// the record does.
+    MakeVolumes {
+        key: ContainerKey,
+        names: Vec<String>,
+        uid: u32,
+        gid: u32,
+    },
     /// Host facts alone, for `features` and `check`.
     Facts,
     /// The records in the order of their keys, for sysbox-fs after a restart and for `check`: as many as fit in a message,
@@ -197,6 +205,9 @@ pub struct Grant {
     pub facts: HostFacts,
     #[serde(default)]
     pub defaults: Defaults,
+    /// Where managed volumes of this container are, or will be.
+    #[serde(default)]
+    pub volumes: PathBuf,
 }
 
 /// How containers are made that do not say otherwise: the manager's flags.
@@ -211,6 +222,8 @@ pub struct Defaults {
     pub relaxed_read_only: bool,
     /// A bind source that cannot be id-shifted is a refusal and not a warning.
     pub fsuid_map_fail_on_error: bool,
+    /// Data roots are managed volumes, instead of directories of the container's own layer.
+    pub data_root_volumes: bool,
 }
 
 impl Default for Defaults {
@@ -220,6 +233,7 @@ impl Default for Defaults {
             syscont_mode: true,
             relaxed_read_only: false,
             fsuid_map_fail_on_error: false,
+            data_root_volumes: false,
         }
     }
 }

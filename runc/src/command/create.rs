@@ -115,6 +115,13 @@ fn attempt<'a>(
     home.save(&state)?;
     tracing::debug!(cgroup = ?state.cgroup, filtered = filter.is_some(), "planned");
 
+    if !plan.volumes.is_empty() {
+        // A rootfs that is not shifted has the host's ids on disk, and so has what comes into a volume from it.
+        let map = &grant.id_map;
+        let is_shifted = plan.root.shift != plan::Shift::Never;
+        let owner = if is_shifted { (0, 0) } else { (map.root_uid(), map.root_gid()) };
+        mgr.make_volumes(&home.key, plan.volumes.iter().map(|volume| volume.name.clone()).collect(), owner)?;
+    }
     apply::enter_private_namespace()?;
     let (spec, _partner) = given.join(plan.spec.clone(), &grant)?;
     let staged = apply::apply(&plan, &survey, &stage, &bundle.rootfs, &grant.id_map, &grant.facts)?;
@@ -273,11 +280,11 @@ fn claims(bundle: &Bundle, survey: &Survey) -> Vec<Claim> {
     let claim = |wanted: plan::Wanted| {
         let lineage = survey::lineage(&wanted.base, &wanted.below)?;
         let there = lineage.first().is_some_and(|itself| itself.below.as_os_str().is_empty());
-        let data_root = wanted.inside.to_owned();
+        let data_root = wanted.inside.clone();
         let source = wanted.base.components().chain(wanted.below.components()).collect();
         (there || !wanted.only_if_there).then_some(Claim { data_root, source, lineage })
     };
-    plan::wanted(bundle, &survey.ground).into_iter().filter_map(claim).collect()
+    plan::wanted(bundle, &survey.ground, &survey.moved_roots).into_iter().filter_map(claim).collect()
 }
 
 fn carried(survey: &Survey, plan: &Plan) -> Carried {

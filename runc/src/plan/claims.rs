@@ -8,13 +8,14 @@ use sysbox_ipc::mgr::{DATA_ROOTS, STORES};
 
 use super::mounts::{attributes, normal};
 use crate::bundle::Bundle;
+use crate::elsewhere::Moved;
 use crate::survey::{Ground, is_bind, source_path};
 
 /// A directory that is claimed if it turns out to be one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Wanted {
     /// Inside the container.
-    pub inside: &'static str,
+    pub inside: String,
     /// What is mounted, on the host, and the way from there to the directory.
     pub base: PathBuf,
     pub below: PathBuf,
@@ -23,16 +24,17 @@ pub struct Wanted {
 }
 
 /// The directories to be claimed. Read-only ones are not: no engine runs on them.
-pub fn wanted(bundle: &Bundle, ground: &Ground) -> Vec<Wanted> {
+pub fn wanted(bundle: &Bundle, ground: &Ground, moved: &[Moved]) -> Vec<Wanted> {
     let mounts: Vec<Mount> = bundle.spec.mounts().iter().flatten().cloned().map(normal).collect();
     let root = bundle.spec.root().as_ref();
     let own_root = *ground == Ground::Directory && root.is_some_and(|root| !root.readonly().unwrap_or(false));
     let mut all = Vec::new();
-    for inside in DATA_ROOTS {
+    let moved = moved.iter().filter_map(|moved| moved.path.to_str());
+    for inside in DATA_ROOTS.iter().copied().chain(moved) {
         match over(&mounts, inside) {
             Some(mount) => all.extend(in_mount(mount, inside, bundle)),
             None if own_root => all.push(Wanted {
-                inside,
+                inside: inside.to_owned(),
                 base: bundle.rootfs.clone(),
                 below: relative(inside).to_owned(),
                 only_if_there: true,
@@ -66,12 +68,12 @@ fn over<'m>(mounts: &'m [Mount], path: &str) -> Option<&'m Mount> {
     above.max_by_key(|(at, mount)| (mount.destination().components().count(), *at)).map(|(_, mount)| mount)
 }
 
-fn in_mount(mount: &Mount, inside: &'static str, bundle: &Bundle) -> Option<Wanted> {
+fn in_mount(mount: &Mount, inside: &str, bundle: &Bundle) -> Option<Wanted> {
     let (top, tree) = attributes(mount);
     let writable = is_bind(mount) && !top.read_only && !tree.read_only;
     let below = Path::new(inside).strip_prefix(mount.destination()).ok()?;
     writable.then(|| Wanted {
-        inside,
+        inside: inside.to_owned(),
         base: source_path(mount, &bundle.dir),
         below: below.to_owned(),
         only_if_there: false,
@@ -97,7 +99,7 @@ mod tests {
                 if w.only_if_there { "?" } else { "" }
             )
         };
-        wanted(&bundle, ground).into_iter().map(shown).filter(|line| line.contains("docker")).collect()
+        wanted(&bundle, ground, &[]).into_iter().map(shown).filter(|line| line.contains("docker")).collect()
     }
 
     fn bind(destination: &str, options: &[&str]) -> Value {

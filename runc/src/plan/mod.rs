@@ -70,6 +70,11 @@ pub enum PlanError {
     /// libcontainer makes devices and links by path there, before the root is changed: they would be made on the host.
     #[error("rootfs: /dev is a symbolic link; hint: replace it by a directory")]
     DevIsLink,
+    #[error(
+        "data root {}, which {told_by} of the image names, cannot be one: {why}; hint: mount a volume there, or change the file",
+        path.display()
+    )]
+    DataRoot { path: PathBuf, told_by: &'static str, why: &'static str },
     #[error("/linux/devices: {} is not below /dev", path.display())]
     DevicePath { path: PathBuf },
     #[error("/linux: could not be built: {0}")]
@@ -101,6 +106,8 @@ pub struct Plan {
     pub frozen: Vec<PathBuf>,
     /// Data roots to be attached from the container's own layer.
     pub layer_roots: Vec<LayerRoot>,
+    /// Data roots that are managed volumes; they are among the binds.
+    pub volumes: Vec<Volume>,
     /// What the container's first process becomes.
     pub entry: Entry,
     pub resources: LinuxResources,
@@ -118,6 +125,16 @@ pub struct LayerRoot {
     pub path: PathBuf,
     /// Where it is staged.
     pub bind: usize,
+}
+
+/// A data root in a directory of the manager's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Volume {
+    /// Inside the container.
+    pub path: PathBuf,
+    /// On the host: a directory of this name in [`Grant::volumes`].
+    pub name: String,
+    pub host: PathBuf,
 }
 
 /// The mappings that come with a spec, if any.
@@ -188,7 +205,7 @@ pub fn plan(
         ));
     }
 
-    let mounted = mounts::plan(bundle, survey, map, stage, prepared, root, settings, &mut warnings)?;
+    let mounted = mounts::plan(bundle, survey, grant, stage, prepared, root, settings, &mut warnings)?;
     let nodes = devices::plan(&spec, survey, map, settings.common.syscont_mode)?;
     let process = spec.process().clone().unwrap_or_default();
     let entry = process::entry(&process, map, &grant.facts, settings)?;
@@ -239,6 +256,7 @@ pub fn plan(
         masks: mounted.masks,
         frozen: mounted.frozen,
         layer_roots: mounted.layer_roots,
+        volumes: mounted.volumes,
         entry,
         resources,
         limits,

@@ -10,10 +10,11 @@ use std::path::{Component, Path, PathBuf};
 use oci_spec::runtime::{Mount, MountBuilder};
 use sysbox_ipc::IdMap;
 use sysbox_ipc::fs::Prepared;
-use sysbox_ipc::mgr::DATA_ROOTS;
+use sysbox_ipc::mgr::{DATA_ROOTS, Grant};
 
-use super::{LayerRoot, PlanError, Root, Settings, Stage, lines};
+use super::{LayerRoot, PlanError, Root, Settings, Stage, Volume, lines};
 use crate::bundle::Bundle;
+use crate::elsewhere;
 use crate::survey::{Ground, OVERLAY_MAGIC, Source, Survey, is_bind, source_path};
 
 /// Whether ids are shifted by the mount.
@@ -95,6 +96,7 @@ pub(super) struct Mounted {
     pub(super) targets: Vec<Target>,
     pub(super) binds: Vec<Bind>,
     pub(super) layer_roots: Vec<LayerRoot>,
+    pub(super) volumes: Vec<Volume>,
     /// For init: paths in /proc and /sys.
     pub(super) masked: Vec<String>,
     pub(super) read_only: Vec<String>,
@@ -145,7 +147,7 @@ const KERNEL_MAGICS: &[i64] = &[
 pub(super) fn plan(
     bundle: &Bundle,
     survey: &Survey,
-    map: &IdMap,
+    grant: &Grant,
     stage: &Stage,
     prepared: &Prepared,
     root: Root,
@@ -153,6 +155,7 @@ pub(super) fn plan(
     warnings: &mut Vec<String>,
 ) -> Result<Mounted, PlanError> {
     let asked: Vec<Mount> = bundle.spec.mounts().iter().flatten().cloned().map(normal).collect();
+    let map = &grant.id_map;
     let mut planner =
         Planner { bundle, survey, map, stage, root, settings, warnings, done: Mounted::default(), staged: 0 };
     if !asked.iter().any(|mount| mount.destination() == Path::new("/dev")) {
@@ -165,7 +168,7 @@ pub(super) fn plan(
         planner.spec_mount(at, mount, locked.contains(&at))?;
     }
     planner.machine_mounts(&asked, prepared);
-    planner.layer_roots(&asked);
+    planner.data_roots(&asked, &grant.volumes)?;
     planner.hidden_paths();
     planner.targets();
     Ok(planner.done)
@@ -454,31 +457,74 @@ impl Planner<'_> {
         }
     }
 
-    /// Data roots in the container's own layer: an overlay cannot be the upper layer of another, its upper directory can.
-    fn layer_roots(&mut self, asked: &[Mount]) {
-        if !self.machine() || !matches!(self.survey.ground, Ground::Overlay(_)) || self.root.read_only {
-            return;
+    /// Data roots, each on a file system that can hold the upper layer of an overlay, which an overlay cannot.
+    fn data_roots(&mut self, asked: &[Mount], volumes: &Path) -> Result<(), PlanError> {
+        if !self.machine() {
+            return Ok(());
         }
-        for path in DATA_ROOTS {
+        let survey = self.survey;
+        let known = DATA_ROOTS.iter().map(|path| (PathBuf::from(path), None));
+        let moved = survey.moved_roots.iter().map(|moved| (moved.path.clone(), Some(moved.told_by)));
+        let mut done: Vec<PathBuf> = Vec::new();
+        for (path, told_by) in known.chain(moved) {
+            if let Some((told_by, why)) = told_by.zip(elsewhere::why_never(&path)) {
+                return Err(PlanError::DataRoot { path, told_by, why });
+            }
             // A mount of the user's at, above or below the place is his way of saying where the data goes.
             let own = asked.iter().any(|mount| {
                 mount.destination() != Path::new("/")
-                    && (mount.destination().starts_with(path)
-                        || Path::new(path).starts_with(mount.destination()))
+                    && (mount.destination().starts_with(&path) || path.starts_with(mount.destination()))
             });
-            if own {
+            if own || done.iter().any(|root| path.starts_with(root)) {
                 continue;
             }
-            if self.survey.unusable_roots.contains(path) {
-                self.warnings.push(format!(
-                    "data root {path}: the image has a link or a file there; an engine inside will find an overlay"
-                ));
+            let unusable = survey.unusable_roots.contains(&path);
+            if let Some(told_by) = told_by {
+                let link = || unusable.then_some("the image has a link or a file there, or on the way");
+                if let Some(why) = elsewhere::why_not(&path, DATA_ROOTS).or_else(link) {
+                    return Err(PlanError::DataRoot { path, told_by, why });
+                }
+            } else if unusable {
+                if matches!(survey.ground, Ground::Overlay(_)) {
+                    self.warnings.push(format!(
+                        "data root {}: the image has a link or a file there; an engine inside will find an overlay",
+                        path.display()
+                    ));
+                }
                 continue;
             }
-            let number = self.number();
-            self.done.mounts.push(mount(*path, "bind", self.stage.bind(number), &["bind"]));
-            self.done.layer_roots.push(LayerRoot { path: PathBuf::from(path), bind: number });
+            let overlay = matches!(survey.ground, Ground::Overlay(_));
+            if self.settings.common.data_root_volumes
+                || ((self.root.read_only || !survey.takes_overlays)
+                    && (overlay || survey.present_roots.contains(&path)))
+            {
+                self.volume(path.clone(), volumes);
+            } else if overlay {
+                let number = self.number();
+                self.done.mounts.push(mount(&path, "bind", self.stage.bind(number), &["bind"]));
+                self.done.layer_roots.push(LayerRoot { path: path.clone(), bind: number });
+            }
+            done.push(path);
         }
+        Ok(())
+    }
+
+    fn volume(&mut self, path: PathBuf, volumes: &Path) {
+        let name = path.to_string_lossy().trim_start_matches('/').replace('/', "-");
+        let host = volumes.join(&name);
+        let number = self.number();
+        self.done.mounts.push(mount(&path, "bind", self.stage.bind(number), &["bind"]));
+        self.done.binds.push(Bind {
+            is_directory: true,
+            extent: Extent::Mount,
+            top: Attributes::default(),
+            tree: Attributes::default(),
+            shift: self.root.shift,
+            receives: Receives::Nothing,
+            source: host.clone(),
+            place: Place::Staged(number),
+        });
+        self.done.volumes.push(Volume { path, name, host });
     }
 
     fn hidden_paths(&mut self) {

@@ -60,6 +60,18 @@ const VARIABLES: &[Variable] = &[
         },
     },
     Variable {
+        name: "SYSBOX_DATA_ROOT",
+        expected: "[layer|volume]",
+        set: |settings, value| {
+            settings.common.data_root_volumes = match value {
+                "layer" => false,
+                "volume" => true,
+                _ => return Err(Fault::Value),
+            };
+            Ok(())
+        },
+    },
+    Variable {
         name: "SYSBOX_HONOR_CAPS",
         expected: SWITCH,
         set: |settings, value| switch(value).map(|on| settings.common.honor_caps = on),
@@ -166,6 +178,7 @@ mod tests {
             ("SYSBOX_HONOR_CAPS=TRUE=TRUE", "has incorrect format; expected VAR=VALUE"),
             ("SYSBOX_HONOR_CAPS=1", "env var SYSBOX_HONOR_CAPS has invalid value 1; expect [TRUE|FALSE]"),
             ("SYSBOX_HONOR_CAPS=true", "has invalid value true; expect [TRUE|FALSE]"),
+            ("SYSBOX_DATA_ROOT=/srv", "has invalid value /srv; expect [layer|volume]"),
             ("SYSBOX_SYSCONT_MODE=", "has invalid value ; expect [TRUE|FALSE]"),
             ("SYSBOX_SKIP_UID_SHIFT=", "has invalid value ; expect a comma separated list"),
             ("SYSBOX_SKIP_UID_SHIFT=/a,b", "has invalid value /a,b; expect"),
@@ -190,6 +203,7 @@ mod tests {
             "SYSBOX_SYSCONT_MODE=FALSE",
             "SYSBOX_SKIP_UID_SHIFT=/a/,/b/../c",
             "SYSBOX_HONOR_CAPS=FALSE",
+            "SYSBOX_DATA_ROOT=volume",
         ]);
         let set = set.unwrap();
         assert_eq!((set.common.honor_caps, set.common.syscont_mode), (false, false));

@@ -28,6 +28,10 @@ fn spec(mounts: Value, more: Value) -> Spec {
 }
 
 fn planned(spec: Spec) -> Result<Plan, PlanError> {
+    planned_on(spec, |_| {})
+}
+
+fn planned_on(spec: Spec, change: impl FnOnce(&mut Survey)) -> Result<Plan, PlanError> {
     let bundle = Bundle { dir: "/b".into(), rootfs: "/b/rootfs".into(), spec };
     let mut sources = BTreeMap::new();
     for name in ["/h/a", "/h/b", "/h/c"] {
@@ -37,21 +41,32 @@ fn planned(spec: Spec) -> Result<Plan, PlanError> {
     sources.insert(PathBuf::from("/h/open"), Source { exposed: true, ..source(true) });
     sources.insert(PathBuf::from("/h/ours"), Source { uid: 300_005, ..source(true) });
     let overlay = Overlay { lowers: vec!["/l".into()], upper: "/u/diff".into(), work: "/u/work".into() };
-    let survey = Survey {
+    let mut survey = Survey {
         ground: Ground::Overlay(overlay),
         root_owner: (0, 0),
         root_exposed: false,
         dev_is_link: false,
         sources,
+        moved_roots: vec![],
         unusable_roots: vec![],
+        present_roots: vec![],
+        takes_overlays: true,
         present: vec!["/dev/fuse", "/sys/kernel/debug"],
         boottime_ns: 12_345_000_000_000,
         cgroup_v2: false,
     };
+    change(&mut survey);
     let facts = HostFacts { time_namespace: true, ..HostFacts::default() };
     let id_map = IdMap::of_range(IdRange { start: 300_000, count: 65536 }).unwrap();
-    let grant =
-        Grant { id_map, slot: 1, share_with: None, same_rootfs: None, facts, defaults: Defaults::default() };
+    let grant = Grant {
+        id_map,
+        slot: 1,
+        share_with: None,
+        same_rootfs: None,
+        facts,
+        defaults: Defaults::default(),
+        volumes: "/v/c".into(),
+    };
     let prepared = Prepared { directory: "/fs/c".into(), leaves: vec!["proc/meminfo".into()] };
     let env = bundle.spec.process().as_ref().and_then(|process| process.env().clone()).unwrap_or_default();
     let settings = Settings::read(&env, grant.defaults).unwrap();
@@ -167,6 +182,47 @@ fn a_users_mount_on_a_data_root_takes_its_place() {
     assert_eq!(roots(json!([])), DATA_ROOTS.len());
     assert_eq!(roots(json!([bind("/var/lib/docker", "/h/a", &[])])), DATA_ROOTS.len() - 1);
     assert_eq!(roots(json!([bind("/var/lib", "/h/a", &[])])), 0);
+}
+
+#[test]
+fn data_roots_are_volumes_where_the_layer_cannot_hold_them() {
+    let roots = |env: &[&str], read_only: bool, change: &dyn Fn(&mut Survey)| {
+        let mut wanted = serde_json::to_value(spec(json!([]), json!({}))).unwrap();
+        wanted["process"]["env"] = json!(env);
+        wanted["root"]["readonly"] = json!(read_only);
+        let plan = planned_on(serde_json::from_value(wanted).unwrap(), change).unwrap();
+        let shifted = plan.volumes.iter().all(|volume| {
+            plan.binds.iter().any(|bind| bind.source == volume.host && bind.shift == Shift::Must)
+        });
+        assert!(shifted, "{:?}", plan.volumes);
+        let first = plan.volumes.first().map(|volume| volume.host.display().to_string());
+        (plan.layer_roots.len(), plan.volumes.len(), first)
+    };
+    let all = DATA_ROOTS.len();
+    let there = Some("/v/c/var-lib-docker".to_owned());
+    let directory = |survey: &mut Survey| survey.ground = Ground::Directory;
+    let docker_there = |survey: &mut Survey| {
+        survey.ground = Ground::Directory;
+        survey.present_roots = vec!["/var/lib/docker".into()];
+    };
+    let no_upper = |survey: &mut Survey| survey.takes_overlays = false;
+    let docker_on_no_upper = |survey: &mut Survey| {
+        docker_there(survey);
+        survey.takes_overlays = false;
+    };
+    let volume = ["SYSBOX_DATA_ROOT=volume"];
+    assert_eq!(roots(&[], false, &|_| {}), (all, 0, None));
+    assert_eq!(roots(&volume, false, &|_| {}), (0, all, there.clone()));
+    assert_eq!(roots(&[], true, &|_| {}), (0, all, there.clone()));
+    assert_eq!(roots(&[], false, &no_upper), (0, all, there.clone()));
+    // A plain directory is a real file system by itself; a read-only one without data roots is nobody's machine.
+    assert_eq!(roots(&[], false, &directory), (0, 0, None));
+    assert_eq!(roots(&[], true, &directory), (0, 0, None));
+    assert_eq!(roots(&[], false, &docker_there), (0, 0, None));
+    assert_eq!(roots(&[], true, &docker_there), (0, 1, there.clone()));
+    assert_eq!(roots(&[], false, &docker_on_no_upper), (0, 1, there.clone()));
+    assert_eq!(roots(&volume, false, &directory), (0, all, there));
+    assert_eq!(roots(&["SYSBOX_SYSCONT_MODE=FALSE"], true, &|_| {}), (0, 0, None));
 }
 
 #[test]
