@@ -11,6 +11,7 @@ pub mod probe;
 pub mod process;
 pub mod ready;
 pub mod rlimit;
+pub mod schedule;
 pub mod seccomp;
 pub mod socket;
 pub mod terminal;

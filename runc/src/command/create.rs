@@ -53,6 +53,12 @@ pub fn create(call: &Call<'_>, args: &CreateArgs) -> Result<(Home, State)> {
 fn attempt<'a>(call: &Call<'_>, args: &CreateArgs, home: &'a Home, undo: &mut Undo<'a>) -> Result<State> {
     // Everything that can be wrong with the request is found before the first side effect.
     let bundle = bundle::read(&args.bundle)?;
+    if !bundle.unknown.is_empty() {
+        call.log.warn(&format!(
+            "config.json: ignored, as the specification does not know it: {}",
+            bundle.unknown.join(", ")
+        ));
+    }
     let survey = survey::look(&bundle)?;
     let own_map = plan::own_map(&bundle.spec)?;
     settings_of(&bundle, Defaults::default())?;
@@ -204,6 +210,7 @@ fn launch(
             Raise::No
         };
         limits::apply(init.pid, &plan.limits, raise)?;
+        limits::schedule(init.pid, &state.process)?;
         if let Some(score) = plan.oom_score_adj {
             limits::oom_score(init.pid, score)?;
         }
