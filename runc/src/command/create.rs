@@ -73,6 +73,12 @@ fn attempt<'a>(
     require_terminal_fits(terminal, detach == Detach::Yes, args.console_socket.is_some())?;
     let listen = std::env::var("LISTEN_FDS").ok().and_then(|text| text.parse().ok()).unwrap_or(0);
     require_preserved(listen, args.preserve_fds)?;
+    if !bundle.unknown.is_empty() {
+        call.log.warn(&format!(
+            "config.json: ignored, as the specification does not know it: {}",
+            bundle.unknown.join(", ")
+        ));
+    }
     if home.dir.exists() {
         return Err(StateError::Exists { id: home.key.id.clone() }.into());
     }
@@ -239,6 +245,7 @@ fn launch(
             Raise::No
         };
         limits::apply(init.pid, &plan.limits, raise)?;
+        limits::schedule(init.pid, &state.process)?;
         if let Some(score) = plan.oom_score_adj {
             limits::oom_score(init.pid, score)?;
         }
