@@ -50,10 +50,20 @@ pub struct Bundle {
 /// See [`BundleError`]; nothing has been done yet when it is returned.
 pub fn read(dir: &Path) -> Result<Bundle, BundleError> {
     let dir = dir.canonicalize().map_err(|source| BundleError::Directory { path: dir.to_owned(), source })?;
-    let spec: Spec = read_json(&dir.join("config.json"))?;
-    check(&spec)?;
+    let path = dir.join("config.json");
+    let spec = parse(&path, &read_text(&path)?)?;
     let rootfs = rootfs_of(&dir, &spec)?;
     Ok(Bundle { dir, rootfs, spec })
+}
+
+/// The text of a config.json into a checked spec; touches no file.
+///
+/// # Errors
+/// As [`read`]; `path` is for the words of the error.
+pub fn parse(path: &Path, text: &[u8]) -> Result<Spec, BundleError> {
+    let spec: Spec = parse_json(path, text)?;
+    check(&spec)?;
+    Ok(spec)
 }
 
 /// Reads a process document, as `exec --process` takes it.
@@ -61,12 +71,12 @@ pub fn read(dir: &Path) -> Result<Bundle, BundleError> {
 /// # Errors
 /// As [`read`].
 pub fn read_process(path: &Path) -> Result<Process, BundleError> {
-    let process: Process = read_json(path)?;
+    let process: Process = parse_json(path, &read_text(path)?)?;
     check_process(&process)?;
     Ok(process)
 }
 
-fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, BundleError> {
+fn read_text(path: &Path) -> Result<Vec<u8>, BundleError> {
     let path = path.to_owned();
     let length = match std::fs::metadata(&path) {
         Ok(facts) => facts.len(),
@@ -78,8 +88,12 @@ fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, BundleErr
     if length > MAX_CONFIG {
         return Err(BundleError::TooLong { path });
     }
-    let text = std::fs::read(&path).map_err(|source| BundleError::Read { path: path.clone(), source })?;
-    let mut reader = serde_json::Deserializer::from_slice(&text);
+    std::fs::read(&path).map_err(|source| BundleError::Read { path, source })
+}
+
+fn parse_json<T: serde::de::DeserializeOwned>(path: &Path, text: &[u8]) -> Result<T, BundleError> {
+    let path = path.to_owned();
+    let mut reader = serde_json::Deserializer::from_slice(text);
     let parsed = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
         let pointer = pointer_of(error.path());
         BundleError::Parse { path: path.clone(), pointer, source: error.into_inner() }
