@@ -55,12 +55,21 @@ pub struct Bundle {
 /// See [`BundleError`]; nothing has been done yet when it is returned.
 pub fn read(dir: &Path) -> Result<Bundle, BundleError> {
     let dir = dir.canonicalize().map_err(|source| BundleError::Directory { path: dir.to_owned(), source })?;
-    let (spec, document): (Spec, _) = read_json(&dir.join("config.json"))?;
-    check(&spec)?;
-    refuse(&document)?;
-    let unknown = fields::unknown(&document);
+    let path = dir.join("config.json");
+    let (spec, unknown) = parse(&path, &read_text(&path)?)?;
     let rootfs = rootfs_of(&dir, &spec)?;
     Ok(Bundle { dir, rootfs, spec, unknown })
+}
+
+/// The text of a config.json into a checked spec, and the members that the specification does not know; touches no file.
+///
+/// # Errors
+/// As [`read`]; `path` is for the words of the error.
+pub fn parse(path: &Path, text: &[u8]) -> Result<(Spec, Vec<String>), BundleError> {
+    let (spec, document): (Spec, _) = parse_json(path, text)?;
+    check(&spec)?;
+    refuse(&document)?;
+    Ok((spec, fields::unknown(&document)))
 }
 
 /// Reads a process document, as `exec --process` takes it.
@@ -68,7 +77,7 @@ pub fn read(dir: &Path) -> Result<Bundle, BundleError> {
 /// # Errors
 /// As [`read`].
 pub fn read_process(path: &Path) -> Result<Process, BundleError> {
-    let (process, document): (Process, _) = read_json(path)?;
+    let (process, document): (Process, _) = parse_json(path, &read_text(path)?)?;
     refuse(&serde_json::json!({ "process": document }))?;
     check_process(&process)?;
     Ok(process)
@@ -81,8 +90,7 @@ fn refuse(document: &Value) -> Result<(), BundleError> {
     }
 }
 
-/// What it says, and the document itself: the types know not all that may stand in it.
-fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<(T, Value), BundleError> {
+fn read_text(path: &Path) -> Result<Vec<u8>, BundleError> {
     let path = path.to_owned();
     let length = match std::fs::metadata(&path) {
         Ok(facts) => facts.len(),
@@ -94,15 +102,20 @@ fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<(T, Value), 
     if length > MAX_CONFIG {
         return Err(BundleError::TooLong { path });
     }
-    let text = std::fs::read(&path).map_err(|source| BundleError::Read { path: path.clone(), source })?;
-    let mut reader = serde_json::Deserializer::from_slice(&text);
+    std::fs::read(&path).map_err(|source| BundleError::Read { path, source })
+}
+
+/// What it says, and the document itself: the types know not all that may stand in it.
+fn parse_json<T: serde::de::DeserializeOwned>(path: &Path, text: &[u8]) -> Result<(T, Value), BundleError> {
+    let path = path.to_owned();
+    let mut reader = serde_json::Deserializer::from_slice(text);
     let parsed = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
         let pointer = pointer_of(error.path());
         BundleError::Parse { path: path.clone(), pointer, source: error.into_inner() }
     })?;
     let whole = |source| BundleError::Parse { path: path.clone(), pointer: "/".to_owned(), source };
     reader.end().map_err(whole)?;
-    let document = serde_json::from_slice(&text).map_err(whole)?;
+    let document = serde_json::from_slice(text).map_err(whole)?;
     Ok((parsed, document))
 }
 

@@ -23,6 +23,7 @@ test   | mkfs.btrfs                                | btrfs-progs
 test   | script                                    | bsdutils
 test   | /bin/busybox                              | busybox-static
 test   | ps                                        | procps
+test   | strace                                    | strace
 image  | mmdebstrap                                | mmdebstrap
 image  | /usr/share/keyrings/debian-archive-keyring.gpg | debian-archive-keyring
 bench  | lxcfs                                     | lxcfs

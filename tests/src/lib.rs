@@ -7,4 +7,5 @@ pub mod engine;
 pub mod host;
 pub mod matrix;
 pub mod measure;
+pub mod mutate;
 pub mod runtime;

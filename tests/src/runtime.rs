@@ -23,6 +23,10 @@ pub struct Machine {
 /// Which of the 64 id places of the test beds a machine takes: tests run side by side, in this process and in others.
 static NEXT: AtomicU32 = AtomicU32::new(0);
 
+fn place() -> u32 {
+    std::process::id().wrapping_mul(7).wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
 /// What `sysbox-runc` said.
 #[derive(Debug)]
 pub struct Said {
@@ -75,15 +79,30 @@ impl Machine {
 
     /// As [`Machine::start`], with more flags for sysbox-mgr.
     pub fn start_with(flags: &[&str]) -> Self {
+        // Below the ids of test beds and of the user's containers; another process's tests take other places.
+        let range = format!("{}:1048576", 536_870_912 + place() % 1024 * 1_048_576);
+        Self::start_in(&std::env::temp_dir(), range, flags)
+    }
+
+    /// With ids for 64 containers instead of 16.
+    pub fn start_large() -> Self {
+        let range = format!("{}:4194304", 268_435_456 + place() % 64 * 4_194_304);
+        Self::start_in(&std::env::temp_dir(), range, &[])
+    }
+
+    /// With all that it writes below a directory of the caller's.
+    pub fn start_below(dir: &Path) -> Self {
+        Self::start_in(dir, format!("{}:1048576", 536_870_912 + place() % 1024 * 1_048_576), &[])
+    }
+
+    fn start_in(parent: &Path, range: String, flags: &[&str]) -> Self {
         assert!(nix::unistd::geteuid().is_root(), "need: root");
-        let dir = tempfile::Builder::new().prefix("sysbox-test-").tempdir().expect("a temporary directory");
+        let dir = tempfile::Builder::new().prefix("sysbox-test-").tempdir_in(parent);
+        let dir = dir.expect("a temporary directory");
         // Inits in their user namespaces look mount sources up below this.
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o711))
             .expect("chmod of our own directory");
         fs::create_dir(dir.path().join("etc")).expect("mkdir in our own directory");
-        // Below the ids of test beds and of the user's containers; another process's tests take other places.
-        let place = (std::process::id().wrapping_mul(7) + NEXT.fetch_add(1, Ordering::Relaxed)) % 1024;
-        let range = format!("{}:1048576", 536_870_912 + place * 1_048_576);
         let mut machine = Self {
             dir,
             mgr: None,

@@ -58,6 +58,10 @@ pub enum PlanError {
     IdMap(#[from] IdMapError),
     #[error("/mounts/{at}: bind source {}: no such file or directory", source_path.display())]
     NoSource { at: usize, source_path: PathBuf },
+    #[error("/mounts/{at}: mountpoint \"/\" is on the top of rootfs")]
+    OnRoot { at: usize },
+    #[error("/mounts/{at}: \"/proc\" cannot be mounted because it is not of type proc")]
+    NotProc { at: usize },
     #[error("/mounts/{at}: {} cannot be mounted because it is inside /proc", destination.display())]
     InsideProc { at: usize, destination: PathBuf },
     #[error("/mounts/{at}: {why}")]
@@ -394,5 +398,7 @@ fn sysctls(mut asked: Sysctls, map: &IdMap) -> Result<(Sysctls, Option<String>),
     Ok((asked, domainname))
 }
 
+#[cfg(test)]
+mod hostile;
 #[cfg(test)]
 mod tests;

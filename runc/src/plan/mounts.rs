@@ -186,6 +186,24 @@ pub(super) fn clean(path: &Path) -> PathBuf {
     clean
 }
 
+/// As runc: over the whole root nothing is mounted (what was made in it before would be covered, and stay), and in /proc
+/// nothing but a few files.
+fn check_place(at: usize, asked: &Mount) -> Result<(), PlanError> {
+    let destination = asked.destination();
+    let is_proc = asked.typ().as_deref() == Some("proc");
+    if destination == Path::new("/") {
+        Err(PlanError::OnRoot { at })
+    } else if destination == Path::new("/proc") && !is_bind(asked) {
+        if is_proc { Ok(()) } else { Err(PlanError::NotProc { at }) }
+    } else if destination.starts_with("/proc")
+        && !PROC_FILES.iter().any(|file| Path::new(file) == destination)
+    {
+        Err(PlanError::InsideProc { at, destination: destination.clone() })
+    } else {
+        Ok(())
+    }
+}
+
 /// The mount of the list whose destination is the nearest above `at`'s.
 fn parent_of(mounts: &[Mount], at: usize) -> Option<usize> {
     let destination = mounts[at].destination();
@@ -249,6 +267,7 @@ const NO: [&str; 3] = ["nosuid", "noexec", "nodev"];
 
 impl Planner<'_> {
     fn spec_mount(&mut self, at: usize, asked: &Mount, locked: bool) -> Result<(), PlanError> {
+        check_place(at, asked)?;
         let destination = asked.destination().clone();
         let typ = asked.typ().as_deref().unwrap_or_default();
         let below_cgroup = destination.starts_with("/sys/fs/cgroup");
@@ -285,10 +304,6 @@ impl Planner<'_> {
 
     fn bind(&mut self, at: usize, asked: &Mount, locked: bool) -> Result<(), PlanError> {
         let destination = asked.destination().clone();
-        let inside_proc = destination.starts_with("/proc");
-        if inside_proc && !PROC_FILES.iter().any(|file| Path::new(file) == destination) {
-            return Err(PlanError::InsideProc { at, destination });
-        }
         let map = own_map(at, asked)?;
         let map = map.filter(|own| own.uids != self.map.uids() || own.gids != self.map.gids());
         let path = source_path(asked, &self.bundle.dir);

@@ -27,7 +27,7 @@ fn spec(mounts: Value, more: Value) -> Spec {
     serde_json::from_value(spec).unwrap()
 }
 
-fn planned(spec: Spec) -> Result<Plan, PlanError> {
+pub(super) fn planned(spec: Spec) -> Result<Plan, PlanError> {
     planned_on(spec, |_| {})
 }
 
@@ -253,6 +253,15 @@ fn faults_name_the_mount() {
         refusal(json!([bind("/proc/sys", "/h/a", &[])])),
         "/mounts/0: /proc/sys cannot be mounted because it is inside /proc"
     );
+    let tmpfs = |destination: &str| json!([{"destination": destination, "type": "tmpfs", "source": "tmpfs"}]);
+    for (mounts, expected) in [
+        (json!([bind("/x/..", "/h/a", &[])]), "mountpoint \"/\" is on the top of rootfs"),
+        (tmpfs("/proc/.."), "mountpoint \"/\" is on the top of rootfs"),
+        (tmpfs("/proc"), "\"/proc\" cannot be mounted because it is not of type proc"),
+        (tmpfs("/proc/../proc/sys/./net"), "/proc/sys/net cannot be mounted because it is inside /proc"),
+    ] {
+        assert_eq!(refusal(mounts), format!("/mounts/0: {expected}"));
+    }
 }
 
 #[test]

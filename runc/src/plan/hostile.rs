@@ -1,0 +1,120 @@
+//! Many thousands of config.json with a fault in any of their fields: none may do more than be refused, in one line that
+//! names the place. `SYSBOX_SEED` repeats a run, `SYSBOX_ROUNDS` makes it longer.
+
+#[path = "../../../tests/src/mutate.rs"]
+mod mutate;
+
+use super::*;
+use mutate::{Dice, every_field, merge};
+use serde_json::{Value, json};
+use std::path::Component;
+use std::time::{Duration, Instant};
+
+/// Fixed, so that a run that failed fails again.
+const SEED: u64 = 4;
+const ROUNDS: u64 = 3_000;
+/// For one document, far above what any takes.
+const LIMIT: Duration = Duration::from_secs(20);
+
+fn number(name: &str, otherwise: u64) -> u64 {
+    std::env::var(name).map_or(otherwise, |text| text.parse().expect(name))
+}
+
+fn base() -> Value {
+    let bind = |to: &str, from: &str| json!({"destination": to, "type": "bind", "source": from, "options": ["rbind", "ro"]});
+    let mut base = json!({
+        "ociVersion": "1.0.2",
+        "root": {"path": "rootfs", "readonly": false},
+        "process": {"args": ["sh"], "cwd": "/", "env": ["A=b"], "user": {"uid": 0, "gid": 0}},
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro"]},
+            {"destination": "/t", "type": "tmpfs", "source": "tmpfs", "options": ["size=64k", "mode=755", "tmpcopyup"]},
+            bind("/a", "/h/a"), bind("/a/b", "/h/b"), bind("/etc/hosts", "/h/file"),
+        ],
+        "linux": {"namespaces": [{"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "network"}]},
+    });
+    merge(&mut base, &Value::Object(every_field()));
+    base
+}
+
+/// Whether an error says where in the document: by a pointer that begins with one of its fields, or the one that the parser
+/// was at.
+fn names_a_place(error: &str) -> bool {
+    const FIELDS: &[&str] = &[
+        "/ociVersion",
+        "/process",
+        "/root",
+        "/linux",
+        "/mounts",
+        "/hooks",
+        "/hostname",
+        "/domainname",
+        "/annotations",
+        "/uidMappings",
+        "/vm",
+        "/solaris",
+        "/windows",
+        "/zos",
+    ];
+    FIELDS.iter().any(|field| error.contains(field)) || error.starts_with("config.json: /")
+}
+
+fn stays_inside(plan: &Plan) -> bool {
+    let stays =
+        |path: &Path| path.is_absolute() && !path.components().any(|part| part == Component::ParentDir);
+    plan.targets.iter().all(|target| stays(&target.path))
+        && plan.spec.mounts().iter().flatten().all(|mount| stays(mount.destination()))
+        && plan.nodes.iter().all(|node| node.path.starts_with("/dev") && stays(&node.path))
+}
+
+#[test]
+fn a_fault_in_any_field_is_refused_in_one_line_that_names_it() {
+    let (seed, rounds) = (number("SYSBOX_SEED", SEED), number("SYSBOX_ROUNDS", ROUNDS));
+    let (mut refused, mut planned) = (0, 0);
+    for round in 0..rounds {
+        let mut dice = Dice::new(seed.wrapping_mul(1_000_003).wrapping_add(round));
+        let mut document = base();
+        // One field that is refused hides what is wrong with the rest: a few at a time.
+        for field in ["linux", "process"] {
+            let names: Vec<String> = document[field].as_object().unwrap().keys().cloned().collect();
+            for name in
+                names.iter().filter(|name| !["namespaces", "args", "cwd", "user"].contains(&name.as_str()))
+            {
+                if dice.below(8) > 0 {
+                    document[field].as_object_mut().unwrap().remove(name);
+                }
+            }
+        }
+        let changes: Vec<String> =
+            (0..=dice.below(3)).map(|_| mutate::mutate(&mut document, &mut dice)).collect();
+        let (text, begun) = (document.to_string(), Instant::now());
+        let outcome = std::panic::catch_unwind(|| judged(text.as_bytes()));
+        let told = format!("SYSBOX_SEED={seed}, round {round}, {changes:?}");
+        assert!(begun.elapsed() < LIMIT, "{told}: took {:?}", begun.elapsed());
+        match outcome.unwrap_or_else(|_| panic!("{told}: panicked")) {
+            Err(error) => {
+                let line: String = error.replace('\n', "; ");
+                assert!(names_a_place(&line), "{told}: names no place: {line:.400}");
+                refused += 1;
+            }
+            Ok(inside) => {
+                assert!(inside, "{told}: leads out of the rootfs");
+                planned += 1;
+            }
+        }
+    }
+    // Both sides of the border are visited.
+    assert!(refused > rounds / 10 && planned > rounds / 10, "refused {refused}, planned {planned}");
+}
+
+fn judged(text: &[u8]) -> Result<bool, String> {
+    let (spec, _) =
+        crate::bundle::parse(Path::new("config.json"), text).map_err(|error| error.to_string())?;
+    own_map(&spec).map_err(|error| error.to_string())?;
+    let plan = super::tests::planned(spec).map_err(|error| error.to_string())?;
+    if let Some(profile) = &plan.seccomp {
+        crate::filter::compile(profile).map_err(|error| error.to_string())?;
+    }
+    Ok(stays_inside(&plan))
+}
