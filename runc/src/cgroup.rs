@@ -239,7 +239,11 @@ impl Cgroup {
             apply(&self.manager(&Path::new("/").join(&self.parent), id, false)?, resources)?;
         }
         for hierarchy in &others {
-            make_step(hierarchy, &hierarchy.mount.join(&self.parent), Path::new(DELEGATED))?;
+            let parent = hierarchy.mount.join(&self.parent);
+            make_step(hierarchy, &parent, Path::new(DELEGATED))?;
+            if hierarchy.has("cpuset") {
+                cpuset::hand_down(&parent.join(DELEGATED))?;
+            }
         }
         mirror::copy(self, DELEGATED)
     }

@@ -23,6 +23,16 @@ pub fn inherit(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Cgroups that are made below get what this one has, as below systemd's root of the hierarchy. crun counts on it: to copy by
+/// itself it opens the files of every cgroup above for writing, and those at the top of a container are not the container's.
+///
+/// # Errors
+/// What the kernel says.
+pub fn hand_down(cgroup: &Path) -> Result<()> {
+    let file = cgroup.join("cgroup.clone_children");
+    fs::write(&file, "1").map_err(io(&file, "write"))
+}
+
 /// Gives `parent` and its `child` these CPUs or nodes. Version 1 keeps a cgroup's set within that of the one above it, and lets
 /// neither follow the other: when it shrinks, those below come first, and each keeps what it may of its own.
 ///

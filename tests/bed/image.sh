@@ -22,7 +22,8 @@ esac
 case $VARIANT in
 '') ;;
 -engines)
-    PACKAGES=$PACKAGES,docker-compose,crun,podman,buildah,skopeo,fuse-overlayfs,slirp4netns,uidmap,netavark,aardvark-dns,containernetworking-plugins,catatonit
+    PACKAGES=$PACKAGES,docker-compose,crun,podman,buildah,skopeo,fuse-overlayfs,slirp4netns,uidmap,netavark,aardvark-dns,containernetworking-plugins,catatonit,nftables
+    PACKAGES=$PACKAGES,bubblewrap,ipset,wireguard-tools
     [ "$SUITE" = bookworm ] || PACKAGES=$PACKAGES,docker-buildx,passt
     ;;
 -tools)

@@ -9,6 +9,9 @@ RECIPE=1  # raise it with every change to how parts are built
 # name | module | package | cgo | tags
 TABLE='
 runc | github.com/opencontainers/runc | github.com/opencontainers/runc | 1 | seccomp
+containerd | github.com/containerd/containerd/v2 | github.com/containerd/containerd/v2/cmd/containerd | 0 | no_btrfs,no_devmapper,no_zfs
+ctr | github.com/containerd/containerd/v2 | github.com/containerd/containerd/v2/cmd/ctr | 0 | no_btrfs,no_devmapper,no_zfs
+containerd-shim-runc-v2 | github.com/containerd/containerd/v2 | github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2 | 0 | no_btrfs,no_devmapper,no_zfs
 '
 
 build() { # NAME VERSION OUT
@@ -19,6 +22,7 @@ build() { # NAME VERSION OUT
         [ "$name" != "$1" ] || break
     done <<<"$TABLE"
     [ "$name" = "$1" ] || die "no part is called \`$1\`"
+    PATH=$PATH:/usr/local/go/bin  # where Go's own archive goes, which shells often lack
     command -v go >/dev/null || die "no \`go\` on the PATH" "install a Go toolchain (1.24 or later)"
     scratch=$(mktemp -d)
     say "building $1 $2 (once; kept in $PARTS_CACHE)"

@@ -3,10 +3,31 @@
 
 #[path = "matrix/docker.rs"]
 mod docker;
+#[path = "matrix/engines.rs"]
+mod engines;
+#[path = "matrix/runtimes.rs"]
+mod runtimes;
+#[path = "matrix/tools.rs"]
+mod tools;
 
 use sysbox_tests::matrix::try_all;
 
 #[test]
 fn docker_of_every_release_works_inside() {
     try_all(&docker::parts());
+}
+
+#[test]
+fn runtimes_of_every_release_work_below_an_inner_docker() {
+    try_all(&runtimes::parts());
+}
+
+#[test]
+fn podman_buildah_and_containerd_work_inside() {
+    try_all(&engines::parts());
+}
+
+#[test]
+fn what_people_run_in_a_machine_works_or_says_why_not() {
+    try_all(&tools::parts());
 }

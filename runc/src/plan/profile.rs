@@ -35,6 +35,7 @@ pub const MACHINE_CALLS: &[&str] = &[
     "request_key",
     "keyctl",
     "ptrace",
+    "personality",
     "process_vm_readv",
     "process_vm_writev",
     "process_madvise",

@@ -30,16 +30,16 @@ const REMAP: Setup = Setup {
 /// A release: image of tests/bed/image.sh, setup, trials, and whether it is tried every time.
 #[rustfmt::skip]
 const RELEASES: &[(&str, &Setup, &[&[Trial]], bool)] = &[
-    ("bookworm",         &OVERLAY2,    &[BASIC, PRIVILEGED, NETWORKS, BUILDS, THIRD],        true),
+    ("bookworm",         &OVERLAY2,    &[BASIC, PRIVILEGED, NETWORKS, LEGACY, BUILDKIT, THIRD],        true),
     ("bookworm-engines", &OVERLAY2,    &[COMPOSE],                                           false),
-    ("bookworm",         &REMAP,       &[BASIC, REMAPPED, BUILDS],                           false),
+    ("bookworm",         &REMAP,       &[BASIC, REMAPPED, LEGACY, BUILDKIT],                           false),
     ("trixie",           &OVERLAY2,    &[PRIVILEGED],                                        true),
-    ("trixie-engines",   &OVERLAY2,    &[BASIC, PRIVILEGED, NETWORKS, BUILDS, THIRD, COMPOSE], false),
-    ("trixie-engines",   &SNAPSHOTTER, &[BASIC, PRIVILEGED, NETWORKS, BUILDS, THIRD, COMPOSE], false),
+    ("trixie-engines",   &OVERLAY2,    &[BASIC, PRIVILEGED, NETWORKS, LEGACY, BUILDKIT, THIRD, COMPOSE], false),
+    ("trixie-engines",   &SNAPSHOTTER, &[BASIC, PRIVILEGED, NETWORKS, LEGACY, BUILDKIT, THIRD, COMPOSE], false),
     ("trixie",           &REMAP,       &[BASIC, REMAPPED],                                   true),
-    ("sid-engines",      &OVERLAY2,    &[BASIC, PRIVILEGED, NETWORKS, BUILDS, THIRD, COMPOSE], false),
-    ("sid-engines",      &SNAPSHOTTER, &[BASIC, PRIVILEGED, NETWORKS, BUILDS, THIRD, COMPOSE], false),
-    ("sid-engines",      &REMAP,       &[BASIC, REMAPPED, BUILDS],                           false),
+    ("sid-engines",      &OVERLAY2,    &[BASIC, PRIVILEGED, NETWORKS, LEGACY, BUILDKIT, THIRD, COMPOSE], false),
+    ("sid-engines",      &SNAPSHOTTER, &[BASIC, PRIVILEGED, NETWORKS, LEGACY, BUILDKIT, THIRD, COMPOSE], false),
+    ("sid-engines",      &REMAP,       &[BASIC, REMAPPED, LEGACY, BUILDKIT],                           false),
 ];
 
 pub fn parts() -> Vec<Part> {
@@ -52,17 +52,17 @@ fn part(image: &str, setup: &Setup, trials: &[&'static [Trial]], is_daily: bool)
         section: SECTION,
         name: format!("Docker of {image}, {name}"),
         image: image.to_owned(),
-        options: Vec::new(),
         init: format!("mkdir -p /etc/docker; {before} echo '{config}' >/etc/docker/daemon.json; exec dockerd"),
         ready: format!("docker version && docker import {INNER_IMAGE} busybox"),
         version: "docker version -f '{{.Server.Version}}'; containerd --version | awk '{print \"containerd\", $3}'; runc --version | head -n 1"
             .to_owned(),
         trials: trials.to_vec(),
         is_daily,
+        ..Part::default()
     }
 }
 
-const BASIC: &[Trial] = &[
+pub const BASIC: &[Trial] = &[
     works("run", "is \"$(docker run --rm --hostname inner busybox sh -c 'hostname; id -u; echo $$')\" 'inner
 0
 1'"),
@@ -135,7 +135,7 @@ docker rm -f verbs",
     ),
 ];
 
-const PRIVILEGED: &[Trial] = &[
+pub const PRIVILEGED: &[Trial] = &[
     works(
         "--privileged",
         "docker run --rm --privileged busybox sh -ec 'mkdir /m; mount -t tmpfs x /m; ip link add b7 type bridge; ls /sys/class/net/b7'",
@@ -225,8 +225,8 @@ gone
     };
 }
 
-const BUILDS: &[Trial] =
-    &[works("build with the legacy builder", build!("0")), works("build with BuildKit", build!("1"))];
+pub const LEGACY: &[Trial] = &[works("build with the legacy builder", build!("0"))];
+const BUILDKIT: &[Trial] = &[works("build with BuildKit", build!("1"))];
 
 /// A machine in the machine: an image of links alone, with this one's programs.
 const THIRD: &[Trial] = &[works(
