@@ -60,6 +60,11 @@ pub fn step(attempt: &str) -> impl FnOnce(&dyn std::fmt::Display) -> LaunchError
     move |why| LaunchError::Step { attempt, why: why.to_string() }
 }
 
+/// libcontainer's errors keep what the kernel said for themselves.
+fn with_cause(error: &dyn std::error::Error) -> String {
+    error.source().map_or_else(|| error.to_string(), |cause| format!("{error}: {cause}"))
+}
+
 /// How long a process may take to be made that joins a pid namespace with others in it, as every exec does, and a create
 /// that is given one. It is there before it is the program that was asked for, and from then on root of the container can
 /// stop it, freeze it, or have it look at a file system that never answers. Another create has no such limit: nobody is
@@ -119,7 +124,7 @@ impl Launch<'_> {
         let users = UserNamespaceConfig::new(&self.spec).map_err(|e| step("user namespace")(&e))?;
         // Hooks and libcontainer's own files want its forms of config and state.
         let config = YoukiConfig::from_spec(&self.spec, self.id).map_err(|e| step("configuration")(&e))?;
-        config.save(self.dir).map_err(|e| step("save the configuration")(&e))?;
+        config.save(self.dir).map_err(|e| step("save the configuration")(&with_cause(&e)))?;
         let listener = NotifyListener::new(&socket).map_err(|e| step("start socket")(&e))?;
         let console = self.console_socket.map(|path| console(self.dir, path)).transpose()?;
         let namespaces = self.spec.linux().as_ref().and_then(|linux| linux.namespaces().as_deref());
