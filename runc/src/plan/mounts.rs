@@ -138,6 +138,7 @@ const KERNEL_MAGICS: &[i64] = &[
     0x1980_0202, /* mqueue */
 ];
 
+#[allow(clippy::too_many_arguments)] // one part of one decision, which has all of it
 pub(super) fn plan(
     bundle: &Bundle,
     survey: &Survey,
