@@ -163,6 +163,17 @@ impl Pair {
         Ok(self.gather()?.is_empty())
     }
 
+    /// As [`Pair::flush`]; the engine's side only where a directory is aside that the engine may still use.
+    ///
+    /// # Errors
+    /// As [`Pair::flush`].
+    pub fn flush_container(&self) -> Result<bool> {
+        if self.has_left.get() {
+            return self.flush();
+        }
+        flush(self.container.as_fd()).map(|()| true)
+    }
+
     /// Drops what the engine's side remembers: names that it looked for in vain make no event.
     ///
     /// # Errors

@@ -5,6 +5,7 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::mpsc::Sender;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use sysbox_ipc::ContainerKey;
@@ -21,6 +22,10 @@ use crate::pinned::Listings;
 
 /// Of how many paths is noted that the engine was there; with more, the whole layer is looked at.
 const MOST_PATHS: usize = 4096;
+
+/// For so long after an engine was held, it may be on its way from a look to a write. What it has looked at is not to be forgotten
+/// meanwhile; and it is held, and its side flushed, whenever it comes anew.
+const AT_WORK: Duration = Duration::from_secs(10);
 
 /// A running container whose rootfs is an engine's overlay.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -67,6 +72,8 @@ pub struct Side {
     listings: Listings,
     /// Where the engine has looked since it was held last; a flush makes it forget that.
     looked_at: BTreeSet<PathBuf>,
+    /// When it was held last.
+    held_at: Option<Instant>,
 }
 
 impl Work {
@@ -94,7 +101,7 @@ impl Side {
         let Target { key, init, merged, upper, .. } = target;
         let pair = Pair::open(merged, upper, overlay_root(*init)?)?;
         let (listings, looked_at) = (Listings::default(), BTreeSet::new());
-        Ok(Self { key: key.clone(), upper: upper.clone(), pair, listings, looked_at })
+        Ok(Self { key: key.clone(), upper: upper.clone(), pair, listings, looked_at, held_at: None })
     }
 
     pub fn work(&mut self, work: Work) -> Outcome {
@@ -103,6 +110,7 @@ impl Side {
         self.remember();
         if !gates.is_empty() {
             outcome.owned = Some(self.prepare());
+            self.held_at = Some(Instant::now());
             drop(gates);
         }
         if everywhere {
@@ -111,10 +119,14 @@ impl Side {
             let settled = paths.iter().try_for_each(|path| self.pair.settle(path));
             self.or_complain(settled, "settle");
         }
+        let is_at_work = self.held_at.is_some_and(|at| at.elapsed() < AT_WORK);
         if flush {
-            let flushed = self.pair.flush();
+            let flushed = if is_at_work { self.pair.flush_container() } else { self.pair.flush() };
             outcome.again = self.or_complain(flushed, "flush") == Some(false);
-        } else if flush_engine && let Err(error) = self.pair.flush_engine() {
+        } else if flush_engine
+            && !is_at_work
+            && let Err(error) = self.pair.flush_engine()
+        {
             debug!(container = %self.key, %error, "flush");
         }
         if look {
