@@ -13,6 +13,9 @@ use nix::sys::stat::{FileStat, Mode, SFlag, fstat, fstatat};
 use sysbox_sys::error::Named;
 use sysbox_sys::{Result, SysError};
 
+/// How often a name that seems not to be cached is asked for.
+const CACHED_TRIES: u32 = 3;
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     Directory,
@@ -71,8 +74,16 @@ pub fn open_cached(root: BorrowedFd<'_>, path: &Path) -> Option<OwnedFd> {
         // Linux 5.12, as idmapped mounts; nix has no name for it.
         | ResolveFlag::from_bits_retain(nix::libc::RESOLVE_CACHED);
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    // EAGAIN is the answer "not cached"; of the other errors none makes it a directory to look at.
-    openat2(root, path, OpenHow::new().flags(flags).resolve(resolve)).ok()
+    // EAGAIN is the answer "not cached", and what the kernel says where anything is mounted or unmounted on this machine in the
+    // same moment. Of the other errors none makes it a directory to look at.
+    for _ in 0..CACHED_TRIES {
+        match openat2(root, path, OpenHow::new().flags(flags).resolve(resolve)) {
+            Ok(dir) => return Some(dir),
+            Err(Errno::EAGAIN) => {}
+            Err(_) => return None,
+        }
+    }
+    None
 }
 
 /// The directory that `path` is in, and its name there.

@@ -1,8 +1,10 @@
 //! When the engine's overlay and the container's are made to agree: a thread that hears of what is done through the engine's
-//! (fanotify) and has `overlay` do what is needed. Nothing the container does makes an event.
+//! (fanotify) and has what is needed done, for each container in a thread of its own (`side`), as a container can make that wait.
+//! This thread touches no file of a container. Nothing the container does makes an event.
 //!
-//! Two speeds. At once, for each path that was opened or written: is it in the upper, and does the container see that? When
-//! it has been quiet for a moment: both sides forget what they do not use, so that the next use starts right.
+//! Three times. Before the engine comes to a container's files (`gate`), which it is held for: both sides are made ready. At
+//! once, for each path that was opened or written: is it in the upper, and does the container see that? When it has been
+//! quiet for a moment: both sides forget what they do not use, so that the next use starts right.
 //!
 //! Neither the thread nor its events are needed for a container to run: where they fail, what the engine did shows up late.
 
@@ -21,15 +23,15 @@ use nix::sys::fanotify::{EventFFlags, Fanotify, FanotifyEvent, InitFlags, MarkFl
 use nix::sys::stat::fstat;
 use nix::sys::statfs::{OVERLAYFS_SUPER_MAGIC, statfs};
 use sysbox_ipc::ContainerKey;
-use sysbox_ipc::mgr::{DATA_ROOTS, Process};
 use sysbox_sys::error::Named;
 use sysbox_sys::{Result, SysError};
-use tracing::{debug, error, trace, warn};
+use tracing::{debug, error, warn};
 
-use crate::aside::Upper;
-use crate::observe::overlay_root;
-use crate::overlay::{Owned, Pair};
-use crate::pinned::Listings;
+use crate::ended::Ended;
+use crate::gate::{Gate, Ticket};
+use crate::overlay::Owned;
+pub use crate::side::Target;
+use crate::side::{Outcome, Side, Work, complain};
 
 /// Without events for so long, an engine's operation is taken to be over.
 const QUIET: Duration = Duration::from_millis(10);
@@ -49,29 +51,17 @@ const RARELY: Duration = Duration::from_secs(8);
 const SELDOM: Duration = Duration::from_secs(64);
 /// How many containers are looked at in one turn.
 const LOOKS: usize = 4;
-/// How long the overlay of a container that has ended is kept. Its last holder pays for the kernel's sync of the whole file
-/// system beneath (ovl_sync_fs), while the engine does its own on the way to the end of `docker run`.
-const LINGER: Duration = Duration::from_secs(3);
+/// A container that makes its side wait so long is told of, once.
+const STUCK: Duration = Duration::from_secs(10);
 /// How long a stop waits for the thread.
 const PATIENCE: Duration = Duration::from_secs(2);
-
-/// A running container whose rootfs is an engine's overlay.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Target {
-    pub key: ContainerKey,
-    pub init: Process,
-    pub merged: PathBuf,
-    pub upper: PathBuf,
-    /// It ran before there was a look at it: what the engine did meanwhile is not known, so its whole layer is looked at.
-    pub is_found_running: bool,
-}
 
 /// The thread.
 #[derive(Debug)]
 pub struct Coherence {
     fanotify: Arc<Fanotify>,
-    commands: Sender<Command>,
-    wake: Arc<EventFd>,
+    gate: Option<Arc<Gate>>,
+    line: Line,
     thread: Option<JoinHandle<()>>,
     /// Closed by the thread when it ends.
     ended: Receiver<()>,
@@ -82,7 +72,27 @@ enum Command {
     Watch(Target),
     Forget(ContainerKey),
     Settle(ContainerKey, Sender<u64>),
+    Gate(ContainerKey, Ticket),
+    Back(ContainerKey, u64, Result<(Side, Outcome)>),
     Stop,
+}
+
+/// How the thread is told of something.
+#[derive(Debug, Clone)]
+struct Line {
+    commands: Sender<Command>,
+    wake: Arc<EventFd>,
+}
+
+impl Line {
+    fn tell(&self, command: Command) {
+        if self.commands.send(command).is_err() {
+            return error!("the thread `coherence` is gone: what the engine writes may show late");
+        }
+        if let Err(errno) = self.wake.write(1) {
+            error!(%errno, "eventfd");
+        }
+    }
 }
 
 impl Coherence {
@@ -101,14 +111,21 @@ impl Coherence {
         let (fanotify, wake) = (Arc::new(fanotify), Arc::new(wake));
         let (commands, receiver) = channel();
         let (ending, ended) = channel();
+        let line = Line { commands, wake };
+        let told = line.clone();
+        let gate = Gate::start(Box::new(move |key, ticket| told.tell(Command::Gate(key, ticket))));
+        let gate = gate.map_err(|error| warn!(%error, "engines are not held: see docs/KERNEL.md"));
+        let gate = gate.ok().map(Arc::new);
         let worker = Worker {
             fanotify: Arc::clone(&fanotify),
+            gate: gate.clone(),
             commands: receiver,
-            wake: Arc::clone(&wake),
-            sides: BTreeMap::new(),
+            line: line.clone(),
+            slots: BTreeMap::new(),
+            places: 0,
             events: 0,
             turn: Turn { last: None, next_at: Instant::now() + TURN },
-            ended: Vec::new(),
+            ended: Ended::start()?,
         };
         let thread = std::thread::Builder::new()
             .name("coherence".into())
@@ -118,7 +135,7 @@ impl Coherence {
                 worker.run();
             })
             .named(|| "start the thread `coherence`".to_owned())?;
-        Ok(Self { fanotify, commands, wake, thread: Some(thread), ended })
+        Ok(Self { fanotify, gate, line, thread: Some(thread), ended })
     }
 
     /// When it returns, nothing that the engine does is missed any more.
@@ -126,34 +143,28 @@ impl Coherence {
         if let Err(error) = mark(&self.fanotify, MarkFlags::FAN_MARK_ADD, &target.merged) {
             return warn!(container = %target.key, %error, "not told of what the engine writes: it may show late");
         }
-        self.tell(Command::Watch(target));
+        if let Some(Err(error)) = self.gate.as_ref().map(|gate| gate.watch(&target.key, &target.merged)) {
+            warn!(container = %target.key, %error, "its engine is not held before it writes");
+        }
+        self.line.tell(Command::Watch(target));
     }
 
     pub fn forget(&self, key: &ContainerKey) {
-        self.tell(Command::Forget(key.clone()));
+        self.line.tell(Command::Forget(key.clone()));
     }
 
     /// Has both sides agree now; returns when they do. The number of events there have been so far.
     pub fn settle(&self, key: &ContainerKey) -> u64 {
         let (sender, receiver) = channel();
-        self.tell(Command::Settle(key.clone(), sender));
-        // The thread being gone was told by `tell`.
+        self.line.tell(Command::Settle(key.clone(), sender));
+        // The thread being gone was told by `tell`; the container may have ended.
         receiver.recv().unwrap_or_default()
-    }
-
-    fn tell(&self, command: Command) {
-        if self.commands.send(command).is_err() {
-            return error!("the thread `coherence` is gone: what the engine writes may show late");
-        }
-        if let Err(errno) = self.wake.write(1) {
-            error!(%errno, "eventfd");
-        }
     }
 }
 
 impl Drop for Coherence {
     fn drop(&mut self) {
-        self.tell(Command::Stop);
+        self.line.tell(Command::Stop);
         // A file system that does not answer must not keep the daemon from stopping; the thread ends with the process.
         if self.ended.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
             return warn!("the thread `coherence` does not come to an end");
@@ -166,13 +177,15 @@ impl Drop for Coherence {
 
 struct Worker {
     fanotify: Arc<Fanotify>,
+    gate: Option<Arc<Gate>>,
     commands: Receiver<Command>,
-    wake: Arc<EventFd>,
-    sides: BTreeMap<ContainerKey, Side>,
+    line: Line,
+    slots: BTreeMap<ContainerKey, Slot>,
+    /// Each slot has a number of its own, so that what comes back late goes to none but its own.
+    places: u64,
     events: u64,
     turn: Turn,
-    /// Overlays of containers that have ended, and when they may go.
-    ended: Vec<(Instant, OwnedFd)>,
+    ended: Ended,
 }
 
 /// Whose engine side was flushed last, and when the next one's is due.
@@ -182,16 +195,28 @@ struct Turn {
 }
 
 /// What is known of a target.
-struct Side {
+struct Slot {
     target: Target,
-    pair: Pair,
+    number: u64,
+    place: Place,
+    wanted: Work,
     /// st_dev of the engine's overlay.
     engine_device: u64,
     /// When to flush, unless there are events before.
     due: Option<Due>,
-    listings: Listings,
     next_look: NextLook,
     since: Instant,
+}
+
+enum Place {
+    /// Not opened yet.
+    Empty,
+    Here(Side),
+    /// In a thread of its own.
+    AtWork {
+        since: Instant,
+        is_told: bool,
+    },
 }
 
 /// When the directories in use are looked at again.
@@ -224,7 +249,7 @@ impl NextLook {
     }
 }
 
-impl Side {
+impl Slot {
     /// There was an event just now.
     fn disturb(&mut self) {
         let now = Instant::now();
@@ -234,25 +259,22 @@ impl Side {
 
     /// What is due. After a while without events, the engine is not at work.
     fn flush_due(&mut self) {
-        let is_quiet = self.due.as_ref().is_some_and(|due| due.at < due.at_the_latest);
-        self.flush();
+        let is_quiet = self.due.take().is_some_and(|due| due.at < due.at_the_latest);
+        self.wanted.flush = true;
         // Many containers end within their first second: they are spared the look.
         if is_quiet && self.since.elapsed() > SOON {
-            self.look();
+            self.wanted.look = true;
             self.next_look = NextLook { blind: self.next_look.blind, ..NextLook::soon() };
+            self.next_look.after /= 2;
         }
     }
 
-    /// Gives the container its own copies of the directories that it has in use.
-    fn look(&mut self) {
-        let owned = match self.pair.own_pinned(&mut self.listings) {
-            Ok(owned) => owned,
-            Err(error) => {
-                self.complain(&error, "look");
-                Owned::default()
-            }
-        };
-        trace!(container = %self.target.key, ?owned, "directories in use");
+    fn learn(&mut self, outcome: Outcome) {
+        if outcome.again {
+            let again = Instant::now() + AGAIN;
+            self.due.get_or_insert(Due { at: again, at_the_latest: again });
+        }
+        let Some(owned) = outcome.owned else { return };
         if owned.blind > self.next_look.blind {
             warn!(
                 container = %self.target.key,
@@ -262,41 +284,58 @@ impl Side {
         }
         self.next_look.blind = owned.blind;
         self.next_look.again(owned);
-        if self.pair.has_left() {
+        if outcome.has_left && self.due.is_none() {
             self.disturb();
         }
     }
 
-    fn flush(&mut self) {
-        self.due = None;
-        match self.pair.flush() {
-            Ok(true) => {}
-            Ok(false) => {
-                let again = Instant::now() + AGAIN;
-                self.due = Some(Due { at: again, at_the_latest: again });
-            }
-            Err(error) => self.complain(&error, "flush"),
+    fn is_stuck(&self) -> bool {
+        matches!(self.place, Place::AtWork { since, .. } if since.elapsed() > STUCK)
+    }
+
+    fn tell_if_stuck(&mut self) {
+        let key = &self.target.key;
+        if let Place::AtWork { since, is_told } = &mut self.place
+            && !*is_told
+            && since.elapsed() > STUCK
+        {
+            *is_told = true;
+            let seconds = STUCK.as_secs();
+            warn!(
+                container = %key, seconds,
+                "a look at its files does not end: it holds a directory, or the disk is busy; it and its engine may not see what the other writes"
+            );
         }
     }
 
-    fn settle(&self, paths: Option<&BTreeSet<PathBuf>>) {
-        let settled = match paths {
-            Some(paths) => paths.iter().try_for_each(|path| self.pair.settle(path)),
-            None => self.pair.settle_all(
-                &DATA_ROOTS.iter().map(|path| PathBuf::from(path.trim_start_matches('/'))).collect(),
-            ),
+    /// Has what is wanted done, if it is not just at work.
+    fn dispatch(&mut self, line: &Line) {
+        if self.wanted.is_empty() {
+            return;
+        }
+        let place = match &self.place {
+            Place::AtWork { .. } => return,
+            _ => std::mem::replace(&mut self.place, Place::AtWork { since: Instant::now(), is_told: false }),
         };
-        if let Err(error) = settled {
-            self.complain(&error, "settle");
-        }
-    }
-
-    fn complain(&self, error: &SysError, what: &str) {
-        let container = &self.target.key;
-        match error.errno {
-            // The container has ended, or its engine has unmounted its side.
-            Errno::ESRCH | Errno::ENOENT => debug!(%container, %error, what, "overlays"),
-            _ => warn!(%container, %error, what, "the container may not see what its engine wrote"),
+        let (work, target, number) = (std::mem::take(&mut self.wanted), self.target.clone(), self.number);
+        let back = line.clone();
+        let done = move || {
+            let side = match place {
+                Place::Here(side) => Ok(side),
+                _ => Side::open(&target),
+            };
+            let done = side.map(|mut side| {
+                let outcome = side.work(work);
+                (side, outcome)
+            });
+            back.tell(Command::Back(target.key, number, done));
+        };
+        if let Err(error) = in_a_thread(done) {
+            // Its overlays went with the closure: it is opened anew.
+            warn!(container = %self.target.key, %error, "the container may not see what its engine wrote");
+            self.place = Place::Empty;
+            let again = Instant::now() + AGAIN;
+            self.due = Some(Due { at: again, at_the_latest: again });
         }
     }
 }
@@ -306,7 +345,7 @@ impl Worker {
         loop {
             self.wait();
             // Cleared before the commands are read: one that comes in between wakes again.
-            if let Err(errno) = self.wake.read() {
+            if let Err(errno) = self.line.wake.read() {
                 debug_assert_eq!(errno, Errno::EAGAIN);
             }
             // Commands first: an event is of a container that is known by then.
@@ -315,53 +354,52 @@ impl Worker {
             }
             self.hear();
             let now = Instant::now();
-            for side in self.sides.values_mut() {
-                if side.due.as_ref().is_some_and(|due| due.at <= now) {
-                    side.flush_due();
+            for slot in self.slots.values_mut() {
+                if slot.due.as_ref().is_some_and(|due| due.at <= now) {
+                    slot.flush_due();
                 }
             }
-            self.ended.retain(|(at, _)| *at > now);
             if self.turn.next_at <= now {
                 self.flush_next();
                 self.look_next(now);
+                self.slots.values_mut().for_each(Slot::tell_if_stuck);
             }
+            self.slots.values_mut().for_each(|slot| slot.dispatch(&self.line));
         }
     }
 
     fn flush_next(&mut self) {
         use std::ops::Bound::{Excluded, Unbounded};
         let after = self.turn.last.as_ref().map_or(Unbounded, Excluded);
-        let next = self
-            .sides
-            .range::<ContainerKey, _>((after, Unbounded))
-            .next()
-            .or_else(|| self.sides.iter().next());
-        if let Some((key, Err(error))) = next.map(|(key, side)| (key, side.pair.flush_engine())) {
-            debug!(container = %key, %error, "flush");
+        let next = self.slots.range::<ContainerKey, _>((after, Unbounded)).next();
+        let next = next.or_else(|| self.slots.iter().next()).map(|(key, _)| key.clone());
+        if let Some(slot) = next.as_ref().and_then(|key| self.slots.get_mut(key)) {
+            slot.wanted.flush_engine = true;
         }
-        self.turn = Turn { last: next.map(|(key, _)| key.clone()), next_at: Instant::now() + TURN };
+        self.turn = Turn { last: next, next_at: Instant::now() + TURN };
     }
 
     /// Those whose time has come; first those that come often, as they are new or in use, and nobody last for ever.
     fn look_next(&mut self, now: Instant) {
-        let is_due = |side: &&mut Side| side.next_look.at <= now && side.due.is_none();
-        let mut sides: Vec<&mut Side> = self.sides.values_mut().filter(is_due).collect();
-        sides.sort_by_key(|side| side.next_look.at + side.next_look.after);
-        sides.into_iter().take(LOOKS).for_each(Side::look);
+        let is_due = |slot: &&mut Slot| {
+            slot.next_look.at <= now && slot.due.is_none() && matches!(slot.place, Place::Here(_))
+        };
+        let mut slots: Vec<&mut Slot> = self.slots.values_mut().filter(is_due).collect();
+        slots.sort_by_key(|slot| slot.next_look.at + slot.next_look.after);
+        slots.into_iter().take(LOOKS).for_each(|slot| slot.wanted.look = true);
     }
 
     fn wait(&self) {
-        let turn = (!self.sides.is_empty()).then_some(self.turn.next_at);
-        let gone = self.ended.iter().map(|(at, _)| *at);
-        let due = self.sides.values().filter_map(|side| side.due.as_ref().map(|due| due.at));
-        let next = due.chain(turn).chain(gone).min();
+        let turn = (!self.slots.is_empty()).then_some(self.turn.next_at);
+        let due = self.slots.values().filter_map(|slot| slot.due.as_ref().map(|due| due.at));
+        let next = due.chain(turn).min();
         let limit = next.map_or(PollTimeout::NONE, |at| {
             let left = at.saturating_duration_since(Instant::now()).as_millis() + 1;
             PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
         });
         let mut ready = [
             PollFd::new(self.fanotify.as_fd(), PollFlags::POLLIN),
-            PollFd::new(self.wake.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.line.wake.as_fd(), PollFlags::POLLIN),
         ];
         if let Err(errno) = poll(&mut ready, limit) {
             debug_assert_eq!(errno, Errno::EINTR);
@@ -376,13 +414,19 @@ impl Worker {
                 Command::Forget(key) => self.forget(&key),
                 Command::Settle(key, done) => {
                     self.hear();
-                    if let Some(side) = self.sides.get_mut(&key) {
-                        side.flush();
-                    }
-                    if done.send(self.events).is_err() {
-                        debug!(container = %key, "nobody waits any more");
+                    if let Some(slot) = self.slots.get_mut(&key) {
+                        slot.due = None;
+                        slot.wanted.flush = true;
+                        slot.wanted.answers.push((done, self.events));
                     }
                 }
+                Command::Gate(key, ticket) => {
+                    // Where many have waited in vain, the next is not held.
+                    if let Some(slot) = self.slots.get_mut(&key).filter(|slot| !slot.is_stuck()) {
+                        slot.wanted.gates.push(ticket);
+                    }
+                }
+                Command::Back(key, number, done) => self.take_back(&key, number, done),
                 Command::Stop => return false,
             }
         }
@@ -390,45 +434,74 @@ impl Worker {
     }
 
     fn watch(&mut self, target: Target) {
-        self.sides.remove(&target.key);
-        let Target { key, init, merged, upper, is_found_running } = &target;
-        let open = || {
-            let pair = Pair::open(merged, upper, overlay_root(*init)?)?;
-            let facts = nix::sys::stat::stat(merged).named(|| format!("stat({})", merged.display()))?;
-            Ok::<_, SysError>((pair, facts.st_dev))
-        };
-        let (pair, engine_device) = match open() {
-            Ok(opened) => opened,
-            // Gone as fast as it came.
-            Err(error) if error.errno == Errno::ESRCH => return,
-            Err(error) => {
-                return warn!(container = %key, %error, "not told of what the engine writes: it may show late");
+        let Target { key, merged, is_found_running, .. } = &target;
+        self.retire(key);
+        let engine_device = match nix::sys::stat::stat(merged) {
+            Ok(facts) => facts.st_dev,
+            Err(errno) => {
+                return warn!(container = %key, %errno, "not told of what the engine writes: it may show late");
             }
         };
+        self.places += 1;
         let (key, is_found_running) = (key.clone(), *is_found_running);
-        let (listings, next_look) = (Listings::default(), NextLook::soon());
-        let since = Instant::now();
-        let mut side = Side { target, pair, engine_device, due: None, listings, next_look, since };
-        if is_found_running {
-            side.flush();
-            side.settle(None);
-        }
-        side.disturb();
-        self.sides.insert(key, side);
+        let mut slot = Slot {
+            target,
+            number: self.places,
+            place: Place::Empty,
+            // Opened at once.
+            wanted: Work { everywhere: is_found_running, flush: true, ..Work::default() },
+            engine_device,
+            due: None,
+            next_look: NextLook::soon(),
+            since: Instant::now(),
+        };
+        slot.disturb();
+        self.slots.insert(key, slot);
     }
 
     fn forget(&mut self, key: &ContainerKey) {
-        let Some(side) = self.sides.remove(key) else { return };
-        let Target { merged, upper, .. } = &side.target;
+        let Some(merged) = self.retire(key) else { return };
         // Mostly it is unmounted by now, and the mark gone with it.
-        let unmarked = mark(&self.fanotify, MarkFlags::FAN_MARK_REMOVE, merged);
-        let recovered = Upper::open(upper).and_then(|upper| upper.recover());
-        debug!(container = %key, ?unmarked, ?recovered, "no longer watched");
-        let (at, overlay) = (Instant::now() + LINGER, side.pair.into_container());
-        self.ended.push((at, overlay));
+        let unmarked = mark(&self.fanotify, MarkFlags::FAN_MARK_REMOVE, &merged);
+        debug!(container = %key, ?unmarked, "no longer heard of");
+        if let Some(gate) = &self.gate {
+            gate.forget(key, &merged);
+        }
     }
 
-    /// Reads all events, so that none keeps a mount of the engine's busy, and settles what they name.
+    fn retire(&mut self, key: &ContainerKey) -> Option<PathBuf> {
+        let slot = self.slots.remove(key)?;
+        // One that is at work ends when it comes back.
+        if let Place::Here(side) = slot.place {
+            self.end(side);
+        }
+        Some(slot.target.merged)
+    }
+
+    fn end(&self, side: Side) {
+        let ended = self.ended.clone();
+        if let Err(error) = in_a_thread(move || side.end(&ended)) {
+            warn!(%error, "end");
+        }
+    }
+
+    fn take_back(&mut self, key: &ContainerKey, number: u64, done: Result<(Side, Outcome)>) {
+        let slot = self.slots.get_mut(key).filter(|slot| slot.number == number);
+        match (slot, done) {
+            (Some(slot), Ok((side, outcome))) => {
+                slot.place = Place::Here(side);
+                slot.learn(outcome);
+            }
+            (None, Ok((side, _))) => self.end(side),
+            (Some(_), Err(error)) => {
+                complain(key, &error, "open");
+                self.slots.remove(key);
+            }
+            (None, Err(error)) => debug!(container = %key, %error, "open"),
+        }
+    }
+
+    /// Reads all events, so that none keeps a mount of the engine's busy, and notes what they name.
     fn hear(&mut self) {
         let mut heard: BTreeMap<ContainerKey, BTreeSet<PathBuf>> = BTreeMap::new();
         let mut lost = false;
@@ -450,17 +523,16 @@ impl Worker {
                 }
             }
         }
-        for (key, side) in &mut self.sides {
-            let paths = heard.get(key);
+        for (key, slot) in &mut self.slots {
+            let paths = heard.remove(key);
             if lost {
                 warn!(container = %key, "too many events: looking at the whole layer");
-                side.settle(None);
-            } else if paths.is_some() {
-                side.settle(paths);
+                slot.wanted.everywhere = true;
             }
             if lost || paths.is_some() {
-                side.disturb();
+                slot.disturb();
             }
+            slot.wanted.note(paths.unwrap_or_default());
         }
     }
 
@@ -470,15 +542,25 @@ impl Worker {
         let name = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).ok()?;
         let device = fstat(fd).ok()?.st_dev;
         // Where its layers are on several file systems, a file may have another device number than its overlay.
-        let side = self
-            .sides
+        let slot = self
+            .slots
             .values()
-            .find(|side| side.engine_device == device)
-            .or_else(|| self.sides.values().find(|side| name.starts_with(&side.target.merged)))?;
+            .find(|slot| slot.engine_device == device)
+            .or_else(|| self.slots.values().find(|slot| name.starts_with(&slot.target.merged)))?;
         // In the engine's own mount namespace the overlay may be the root.
-        let path = name.strip_prefix(&side.target.merged).or_else(|_| name.strip_prefix("/")).ok()?;
-        Some((side.target.key.clone(), path.to_owned()))
+        let path = name.strip_prefix(&slot.target.merged).or_else(|_| name.strip_prefix("/")).ok()?;
+        Some((slot.target.key.clone(), path.to_owned()))
     }
+}
+
+/// Ends by itself. A small stack: there may be as many as containers.
+fn in_a_thread(act: impl FnOnce() + Send + 'static) -> Result<()> {
+    std::thread::Builder::new()
+        .name("side".into())
+        .stack_size(256 * 1024)
+        .spawn(act)
+        .map(drop)
+        .named(|| "start a thread `side`".to_owned())
 }
 
 /// Adds or removes the mark on the engine's overlay at `merged`; never on whatever else is mounted there.

@@ -7,14 +7,17 @@
 pub mod aside;
 mod beneath;
 pub mod coherence;
+pub mod ended;
 pub mod facts;
 pub mod flags;
+pub mod gate;
 pub mod instance;
 pub mod ledger;
 pub mod observe;
 pub mod overlay;
 mod pinned;
 pub mod server;
+pub mod side;
 pub mod store;
 pub mod subid;
 pub mod vault;

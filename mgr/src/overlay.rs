@@ -34,6 +34,8 @@ const TRIES: u32 = 8;
 /// How deep below the last known directory in use one is found in one look, and how many are copied up in one.
 const DEEPEST: u32 = 16;
 const MOST_OWNED: usize = 64;
+/// An engine that has looked at more directories than this was not on its way to one of them.
+pub const MOST_LOOKED_AT: usize = 32;
 
 /// One container's two overlays and their upper. Holds the container's; the engine's only for the time of a flush, as the
 /// engine must be able to unmount it.
@@ -161,6 +163,17 @@ impl Pair {
         Ok(self.gather()?.is_empty())
     }
 
+    /// As [`Pair::flush`]; the engine's side only where a directory is aside that the engine may still use.
+    ///
+    /// # Errors
+    /// As [`Pair::flush`].
+    pub fn flush_container(&self) -> Result<bool> {
+        if self.has_left.get() {
+            return self.flush();
+        }
+        flush(self.container.as_fd()).map(|()| true)
+    }
+
     /// Drops what the engine's side remembers: names that it looked for in vain make no event.
     ///
     /// # Errors
@@ -219,10 +232,50 @@ impl Pair {
         Ok(owned)
     }
 
+    /// Makes both sides ready for an access of the engine, which waits meanwhile: it remembers nothing, and the directories that
+    /// it has `looked_at` are the container's own, as are those that the container has in use.
+    ///
+    /// # Errors
+    /// As [`Pair::flush`] and [`Pair::own_pinned`].
+    pub fn prepare(&self, looked_at: &BTreeSet<PathBuf>, listings: &mut Listings) -> Result<Owned> {
+        if self.has_left.get() {
+            self.gather()?;
+        }
+        let engine = self.engine()?;
+        flush(engine.as_fd())?;
+        let copied = self.own(looked_at, engine.as_fd());
+        let owned = self.own_pinned(listings)?;
+        flush(engine.as_fd())?;
+        Ok(Owned { copied: owned.copied + copied, ..owned })
+    }
+
+    /// The directories that the engine remembers and only the layers have: an engine looks up a path in one access, and
+    /// writes to it in the next. None if they are so many that it must have walked through the whole.
+    ///
+    /// # Errors
+    /// The engine's side not being mounted.
+    pub fn looked_at(&self, listings: &mut Listings) -> Result<Vec<PathBuf>> {
+        let engine = self.engine()?;
+        let mut looked_at = Vec::new();
+        for _ in 0..DEEPEST {
+            let cached = listings.look(engine.as_fd(), self.upper.dir(), Until::All);
+            if cached.image_only.len() > MOST_LOOKED_AT {
+                return Ok(Vec::new());
+            }
+            looked_at = cached.image_only;
+            if cached.unlisted.is_empty() {
+                break;
+            }
+            // Through the container's side: what is listed may come to be remembered.
+            cached.unlisted.iter().for_each(|path| listings.list(self.container.as_fd(), path));
+        }
+        Ok(looked_at)
+    }
+
     /// Has the container copy up what only the layers have. How many directories it did.
-    fn own(&self, paths: &[PathBuf], engine: BorrowedFd<'_>) -> usize {
+    fn own<'a>(&self, paths: impl IntoIterator<Item = &'a PathBuf>, engine: BorrowedFd<'_>) -> usize {
         let mut copied = 0;
-        for path in paths.iter().take(MOST_OWNED) {
+        for path in paths.into_iter().take(MOST_OWNED) {
             if open_cached(engine, path).is_some() {
                 debug!(path = %shown(path), "in use by both sides: not copied up now");
                 continue;

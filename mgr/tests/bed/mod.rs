@@ -110,6 +110,11 @@ impl Bed {
         self
     }
 
+    /// As another container of the same engine.
+    pub fn key_of(&self, name: &str) -> ContainerKey {
+        ContainerKey::new(Path::new("/run/r"), ContainerId::parse(name).unwrap())
+    }
+
     pub fn settle(&self) -> u64 {
         self.coherence.as_ref().unwrap().settle(&self.key)
     }
