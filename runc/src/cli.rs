@@ -11,6 +11,9 @@ use std::time::Duration;
 use flags::{Parsed, parse, reorder};
 use table::{GLOBAL, HELP, VERBS, Verb, help, help_of};
 
+/// Of the runtime specification, with which every document of ours complies, whatever a bundle's says.
+pub const SPEC_VERSION: &str = "1.2.0";
+
 pub const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), "\nspec: 1.2.0");
 
 /// An end before anything is done.

@@ -19,9 +19,11 @@ use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags};
 use nix::sys::stat::Mode;
 use nix::unistd::{AccessFlags, Gid, Uid, faccessat, setfsgid, setfsuid, setgroups, setresgid, setresuid};
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{Hook, Spec};
+use serde_json::Value;
 
 use crate::filter::Filter;
+use crate::hooks;
 use crate::listener::Giver;
 use crate::plan::Entry;
 use crate::sink::Sink;
@@ -47,6 +49,9 @@ pub struct Init {
     pub keyring: Option<String>,
     /// Where errors go: libcontainer passes on the outermost words alone.
     pub sink: Rc<Sink>,
+    /// The startContainer hooks, and the state that they are told but for the pid.
+    pub hooks: Vec<Hook>,
+    pub told: Value,
     program: OnceCell<CString>,
     listen: OnceCell<Vec<String>>,
 }
@@ -60,7 +65,19 @@ impl Init {
         keyring: Option<String>,
         sink: Rc<Sink>,
     ) -> Self {
-        Self { entry, filter, giver, role, keyring, sink, program: OnceCell::new(), listen: OnceCell::new() }
+        let (program, listen) = (OnceCell::new(), OnceCell::new());
+        Self {
+            entry,
+            filter,
+            giver,
+            role,
+            keyring,
+            sink,
+            hooks: Vec::new(),
+            told: Value::Null,
+            program,
+            listen,
+        }
     }
 
     fn prepare(&self) -> Result<(), String> {
@@ -197,6 +214,12 @@ impl Executor for Init {
             eprintln!("sysbox-runc: {message}");
             ExecutorError::Other(message)
         };
+        if !self.hooks.is_empty() {
+            let mut told = self.told.clone();
+            told["pid"] = std::process::id().into();
+            hooks::run("startContainer", &self.hooks, &told, Some(&self.entry.env))
+                .map_err(|fault| failed(fault.to_string()))?;
+        }
         // All is ready before the filter is loaded: it may not allow what that takes.
         let environment = self.environment();
         let program = self.program.get().ok_or_else(|| failed("not validated".to_owned()))?;

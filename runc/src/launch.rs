@@ -25,6 +25,8 @@ use sysbox_ipc::mgr::Process;
 use sysbox_sys::path::proc_path;
 use sysbox_sys::process::Held;
 
+use crate::cli::SPEC_VERSION;
+use crate::hooks;
 use crate::init::Init;
 use crate::sink::Sink;
 use crate::state::{Home, State};
@@ -48,6 +50,9 @@ pub enum LaunchError {
     /// The cgroup could not be made or entered.
     #[error("{0}")]
     Cgroup(String),
+    /// One that runs after the create.
+    #[error("{0}")]
+    Hook(String),
 }
 
 pub fn step(attempt: &str) -> impl FnOnce(&dyn std::fmt::Display) -> LaunchError {
@@ -192,10 +197,23 @@ impl Launch<'_> {
         let mut container = Container::new(self.id, status, None, self.bundle, self.dir)
             .map_err(|e| step("container state")(&e))?;
         container.set_annotations(self.spec.annotations().clone());
+        container.state.oci_version = SPEC_VERSION.to_owned();
+        let (mut spec, mut init) = (self.spec, self.init);
+        if let Some(mut hooks) = spec.hooks().clone() {
+            // As createContainer hooks see it; those of the runtime are told the host's.
+            container.state.pid = has_own_pids(&spec).then_some(1);
+            let annotations = spec.annotations().clone().unwrap_or_default();
+            init.told = hooks::state(SPEC_VERSION, self.id, "created", None, self.bundle, &annotations);
+            // Run by `init.rs`, which can tell why one failed.
+            init.hooks = hooks.start_container().clone().unwrap_or_default();
+            hooks.set_start_container(None);
+            hooks::lend_environment(&mut hooks);
+            spec.set_hooks(Some(hooks));
+        }
         let args = ContainerArgs {
             container_type: kind,
             syscall: SyscallType::default(),
-            spec: Rc::new(self.spec),
+            spec: Rc::new(spec),
             rootfs: self.rootfs,
             console_socket: console.as_ref().map(AsRawFd::as_raw_fd),
             notify_listener: listener,
@@ -208,7 +226,7 @@ impl Launch<'_> {
                 container_name: self.id.to_owned(),
             },
             detached: true,
-            executor: Box::new(self.init),
+            executor: Box::new(init),
             no_pivot: self.no_pivot,
             stdin: None,
             stdout: None,
@@ -219,7 +237,9 @@ impl Launch<'_> {
         };
         // libcontainer's path library tries openat2(2) on the working directory when a lookup fails, and takes EACCES to
         // mean that the kernel has none: from an engine's bundle (0700) every mount then cost some 700 system calls.
-        std::env::set_current_dir("/").map_err(|e| step("chdir /")(&e))?;
+        // Hooks are run in the bundle, as by runc, and that is worth it.
+        let dir = if args.spec.hooks().is_some() { self.bundle } else { Path::new("/") };
+        std::env::set_current_dir(dir).map_err(|e| step(&format!("chdir {}", dir.display()))(&e))?;
         // Processes in namespaces that we join must not be able to look into us (CVE-2016-9962).
         nix::sys::prctl::set_dumpable(false).map_err(|e| step("prctl(PR_SET_DUMPABLE)")(&e))?;
         let during = if matches!(args.container_type, ContainerType::InitContainer) {
@@ -349,19 +369,25 @@ pub fn run_hooks(home: &Home, state: &State, time: HookTime) -> Result<(), Launc
     // A container that was cut off in the making has no spec yet, and no hooks that could be due.
     let Ok(spec) = home.load_spec() else { return Ok(()) };
     let Some(hooks) = spec.hooks() else { return Ok(()) };
-    let (due, status, attempt) = match time {
-        HookTime::PostStart => (hooks.poststart(), ContainerStatus::Running, "poststart hook"),
-        HookTime::PostStop => (hooks.poststop(), ContainerStatus::Stopped, "poststop hook"),
+    let (due, name, status, pid) = match time {
+        HookTime::PostStart => (hooks.poststart(), "poststart", "running", state.init.map(|init| init.pid)),
+        HookTime::PostStop => (hooks.poststop(), "poststop", "stopped", None),
     };
-    if due.is_none() {
-        return Ok(());
+    let Some(due) = due else { return Ok(()) };
+    let (id, annotations) = (state.id.as_str(), &state.annotations);
+    let told = hooks::state(&state.oci_version, id, status, pid, &state.bundle, annotations);
+    if time == HookTime::PostStart {
+        // runc is in the bundle then; a delete has no bundle to go to.
+        std::env::set_current_dir(&state.bundle).map_err(|e| step("chdir to the bundle")(&e))?;
     }
-    let pid = state.init.map(|init| init.pid);
-    let made = Container::new(state.id.as_str(), status, pid, &state.bundle, &home.dir);
-    let mut container = made.map_err(|e| step(attempt)(&e))?;
-    container.set_annotations(Some(state.annotations.clone()));
-    libcontainer::hooks::run_hooks(due.as_ref(), Some(&container.state), None, None, None)
-        .map_err(|e| step(attempt)(&e))
+    hooks::run(name, due, &told, None).map_err(|fault| LaunchError::Hook(fault.to_string()))
+}
+
+/// Whether the container has a pid namespace of its own, in which init is 1.
+pub fn has_own_pids(spec: &Spec) -> bool {
+    let namespaces =
+        spec.linux().as_ref().and_then(|linux| linux.namespaces().as_deref()).unwrap_or_default();
+    namespaces.iter().any(|ns| ns.typ() == LinuxNamespaceType::Pid && ns.path().is_none())
 }
 
 /// Init's namespaces, held by descriptor: whatever becomes of its pid meanwhile, no other process's are entered.

@@ -14,6 +14,7 @@ mod figures;
 mod filter;
 mod freezer;
 mod fuse;
+mod hooks;
 mod init;
 mod launch;
 mod limits;

@@ -18,7 +18,7 @@ use crate::apply::{self, Staged};
 use crate::bundle::{self, Bundle};
 use crate::carry::Carried;
 use crate::cgroup::{Cgroup, begin_grace_period, locate};
-use crate::cli::CreateArgs;
+use crate::cli::{CreateArgs, SPEC_VERSION};
 use crate::daemons::{Fs, Mgr};
 use crate::filter::{self, Filter};
 use crate::init::{Init, Role, own_stdio};
@@ -314,7 +314,7 @@ fn state_of(
     Ok(State {
         version: State::new_version(),
         id: home.key.id.clone(),
-        oci_version: bundle.spec.version().clone(),
+        oci_version: SPEC_VERSION.to_owned(),
         bundle: bundle.dir.clone(),
         rootfs: bundle.rootfs.clone(),
         created: crate::log::now(),

@@ -84,12 +84,7 @@ pub fn delete_stopped(call: &Call<'_>, home: &Home, state: &State) -> Result<()>
     }
     failures.extend(told(Fs::connect(&call.global.run_dir).and_then(|fs| fs.unregister(&home.key))));
     failures.extend(told(Mgr::connect(&call.global.run_dir).and_then(|mgr| mgr.release(&home.key))));
-    if !state.poststop_ran
-        && let Err(error) = launch::run_hooks(home, state, HookTime::PostStop)
-    {
-        // The specification: a failing poststop hook is told, and the delete goes on.
-        call.log.warn(&error.to_string());
-    }
+    let hooks = if state.poststop_ran { Ok(()) } else { launch::run_hooks(home, state, HookTime::PostStop) };
     if failures.is_empty() {
         failures.extend(told(home.remove()));
     }
@@ -97,6 +92,8 @@ pub fn delete_stopped(call: &Call<'_>, home: &Home, state: &State) -> Result<()>
         // Once in a container's life, also when the delete has to be repeated for what failed here.
         failures.extend(told(home.save(&State { poststop_ran: true, ..state.clone() })));
     }
+    // The delete went on; its caller hears of the hook all the same, as with runc.
+    failures.extend(hooks.err().map(|error| format!("unable to destroy container: {error}")));
     finish(failures)
 }
 

@@ -5,14 +5,14 @@ use std::str::FromStr;
 use anyhow::{Result, bail};
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
-use oci_spec::runtime::LinuxNamespaceType;
 use sysbox_sys::process::Held;
 
 use super::Call;
 use crate::cli::KillArgs;
 use crate::cli::numbers::quoted;
+use crate::launch::has_own_pids;
 use crate::residents;
-use crate::state::{Home, Status};
+use crate::state::Status;
 
 /// # Errors
 /// No such container, no such signal, or a container that has stopped.
@@ -34,7 +34,7 @@ pub fn kill(call: &Call<'_>, args: &KillArgs) -> Result<()> {
         other => other?,
     }
     if signal == libc::SIGKILL {
-        if shares_pids(&home) {
+        if home.load_spec().is_ok_and(|spec| !has_own_pids(&spec)) {
             // Elsewhere the kernel ends a pid namespace with its init.
             residents::kill_all(&state.cgroup, &state.id_map);
         } else {
@@ -42,14 +42,6 @@ pub fn kill(call: &Call<'_>, args: &KillArgs) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// Whether its pid namespace is another container's.
-fn shares_pids(home: &Home) -> bool {
-    let Ok(spec) = home.load_spec() else { return false };
-    let namespaces =
-        spec.linux().as_ref().and_then(|linux| linux.namespaces().as_deref()).unwrap_or_default();
-    !namespaces.iter().any(|ns| ns.typ() == LinuxNamespaceType::Pid && ns.path().is_none())
 }
 
 /// A signal's number, from its number or its name with or without `SIG`, real-time ones included (`SIGRTMIN+3`).

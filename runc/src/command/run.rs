@@ -33,7 +33,7 @@ pub fn run(call: &Call<'_>, args: &RunArgs) -> Result<i32> {
         nix::sys::prctl::set_child_subreaper(true).context("prctl(PR_SET_CHILD_SUBREAPER)")?;
     }
     let (home, state) = create(call, &create_args, detach)?;
-    if let Err(error) = start_created(call, &home, &state) {
+    if let Err(error) = start_created(&home, &state) {
         residents::kill_all(&state.cgroup, &state.id_map);
         delete_stopped(call, &home, &state)?;
         return Err(error);
@@ -41,8 +41,11 @@ pub fn run(call: &Call<'_>, args: &RunArgs) -> Result<i32> {
     let Some(attendance) = attendance else { return Ok(0) };
     let init = state.init.unwrap_or(state.creator);
     let code = attendance.until_end(init, terminal)?;
-    if !args.keep {
-        delete_stopped(call, &home, &state)?;
+    if !args.keep
+        && let Err(error) = delete_stopped(call, &home, &state)
+    {
+        // The program's exit code is what the caller waits for.
+        call.log.warn(&error.to_string());
     }
     Ok(code)
 }

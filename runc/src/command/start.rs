@@ -5,6 +5,7 @@ use anyhow::{Result, bail};
 use super::Call;
 use crate::launch;
 use crate::listener::{self, Relay};
+use crate::residents;
 use crate::state::{Home, State, Status};
 
 /// # Errors
@@ -12,14 +13,14 @@ use crate::state::{Home, State, Status};
 pub fn start(call: &Call<'_>, id: &str) -> Result<()> {
     let home = call.home(id)?;
     let state = home.load()?;
-    start_created(call, &home, &state)
+    start_created(&home, &state)
 }
 
 /// As [`start`], of a state that was read already.
 ///
 /// # Errors
 /// As [`start`].
-pub fn start_created(call: &Call<'_>, home: &Home, state: &State) -> Result<()> {
+pub fn start_created(home: &Home, state: &State) -> Result<()> {
     match home.status(state) {
         Status::Created => {}
         Status::Stopped => bail!("cannot start a container that has stopped"),
@@ -35,8 +36,9 @@ pub fn start_created(call: &Call<'_>, home: &Home, state: &State) -> Result<()> 
     }
     tracing::debug!(id = home.key.id.as_str(), "started");
     if let Err(error) = launch::run_hooks(home, state, launch::HookTime::PostStart) {
-        // The specification: a failing poststart hook is told, and the container goes on.
-        call.log.warn(&error.to_string());
+        // As with runc, which makes the container wait for its hooks.
+        residents::kill_all(&state.cgroup, &state.id_map);
+        return Err(error.into());
     }
     Ok(())
 }

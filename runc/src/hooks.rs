@@ -1,0 +1,210 @@
+//! Hooks that run after the create: startContainer (in the container, by init), poststart and poststop. Those of a create
+//! are libcontainer's to run.
+
+use std::collections::HashMap;
+use std::io::{ErrorKind, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use oci_spec::runtime::{Hook, Hooks};
+use serde_json::{Value, json};
+
+/// Of what a hook says, in an error.
+const MAX_WORDS: usize = 4096;
+
+/// Why a hook did not do its work.
+#[derive(Debug, thiserror::Error)]
+pub enum Fault {
+    #[error("error running {time} hook #{number}: {why}")]
+    Failed { time: &'static str, number: usize, why: String },
+}
+
+/// The state as the specification wants it on a hook's standard input.
+pub fn state(
+    oci_version: &str,
+    id: &str,
+    status: &str,
+    pid: Option<i32>,
+    bundle: &Path,
+    annotations: &HashMap<String, String>,
+) -> Value {
+    let mut document = json!({"ociVersion": oci_version, "id": id, "status": status});
+    if let Some(pid) = pid {
+        document["pid"] = pid.into();
+    }
+    document["bundle"] = json!(bundle);
+    if !annotations.is_empty() {
+        document["annotations"] = json!(annotations);
+    }
+    document
+}
+
+/// Runs one after the other. `env` is that of hooks that have none; without it they have ours.
+///
+/// # Errors
+/// The first that failed; those after it are not run.
+pub fn run(time: &'static str, hooks: &[Hook], state: &Value, env: Option<&[String]>) -> Result<(), Fault> {
+    for (number, hook) in hooks.iter().enumerate() {
+        run_one(hook, &state.to_string(), env).map_err(|why| Fault::Failed { time, number, why })?;
+    }
+    Ok(())
+}
+
+/// Gives the hooks of a create that have no environment this process's, as runc does.
+pub fn lend_environment(hooks: &mut Hooks) {
+    let own: Vec<String> = std::env::vars().map(|(name, value)| format!("{name}={value}")).collect();
+    let lent = |hooks: &Option<Vec<Hook>>| {
+        let mut hooks = hooks.clone();
+        for hook in hooks.iter_mut().flatten().filter(|hook| hook.env().is_none()) {
+            hook.set_env(Some(own.clone()));
+        }
+        hooks
+    };
+    #[allow(deprecated)] // the specification's, and engines still give it
+    let prestart = lent(hooks.prestart());
+    let (runtime, container) = (lent(hooks.create_runtime()), lent(hooks.create_container()));
+    #[allow(deprecated)] // as above
+    hooks.set_prestart(prestart);
+    hooks.set_create_runtime(runtime).set_create_container(container);
+}
+
+fn run_one(hook: &Hook, state: &str, env: Option<&[String]>) -> Result<(), String> {
+    let mut command = Command::new(hook.path());
+    if let Some((name, args)) = hook.args().as_ref().and_then(|args| args.split_first()) {
+        command.arg0(name).args(args);
+    }
+    if let Some(pairs) = hook.env().as_deref().or(env) {
+        command.env_clear().envs(pairs.iter().filter_map(|pair| pair.split_once('=')));
+    }
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let started = command.spawn();
+    let mut child = started
+        .map_err(|error| format!("fork/exec {}: {}", hook.path().display(), crate::bundle::reason(&error)))?;
+    let seconds =
+        hook.timeout().and_then(|seconds| u64::try_from(seconds).ok()).filter(|seconds| *seconds > 0);
+    let deadline = seconds.map(|seconds| Instant::now() + Duration::from_secs(seconds));
+    match attend(&mut child, state.as_bytes(), deadline) {
+        Ok(Some((status, _))) if status.success() => Ok(()),
+        Ok(Some((status, [out, err]))) => {
+            let status = status.to_string().replace("exit status: ", "exit status ");
+            Err(format!("{status}, stdout: {out}, stderr: {err}"))
+        }
+        Ok(None) => {
+            // It was our own child a moment ago, and nobody else reaps it.
+            let _ended = child.kill().and_then(|()| child.wait());
+            Err(format!("hook ran past specified timeout of {:.1}s", seconds.unwrap_or_default() as f64))
+        }
+        Err(why) => Err(why),
+    }
+}
+
+/// Gives the hook its state and waits for its end, and for that of who holds its streams; `None` if it is not there in time.
+fn attend(
+    child: &mut Child,
+    state: &[u8],
+    deadline: Option<Instant>,
+) -> Result<Option<(ExitStatus, [String; 2])>, String> {
+    let said = |error: std::io::Error| error.to_string();
+    let mut input = child.stdin.take().map(OwnedFd::from).map(std::fs::File::from);
+    let outputs = [child.stdout.take().map(OwnedFd::from), child.stderr.take().map(OwnedFd::from)];
+    let mut outputs = outputs.map(|fd| fd.map(std::fs::File::from));
+    for file in input.iter().chain(outputs.iter().flatten()) {
+        fcntl(file.as_fd(), FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(|errno| errno.desc().to_owned())?;
+    }
+    let (mut written, mut words) = (0, [Vec::new(), Vec::new()]);
+    while outputs.iter().any(Option::is_some) {
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        if left.is_some_and(|left| left.is_zero()) {
+            return Ok(None);
+        }
+        let timeout = left.map_or(PollTimeout::NONE, |left| {
+            PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX)
+        });
+        let mut wanted: Vec<PollFd<'_>> =
+            outputs.iter().flatten().map(|file| PollFd::new(file.as_fd(), PollFlags::POLLIN)).collect();
+        wanted.extend(input.iter().map(|file| PollFd::new(file.as_fd(), PollFlags::POLLOUT)));
+        match poll(&mut wanted, timeout) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.desc().to_owned()),
+        }
+        drop(wanted);
+        if let Some(file) = &mut input {
+            match file.write(&state[written..]) {
+                Ok(length) => written += length,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                // It does not want to know.
+                Err(_) => written = state.len(),
+            }
+            if written == state.len() {
+                input = None;
+            }
+        }
+        for (output, words) in outputs.iter_mut().zip(&mut words) {
+            let Some(file) = output else { continue };
+            let mut chunk = [0; 4096];
+            match file.read(&mut chunk) {
+                Ok(0) => *output = None,
+                Ok(length) => {
+                    words.extend_from_slice(&chunk[..length.min(MAX_WORDS.saturating_sub(words.len()))])
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                Err(error) => return Err(said(error)),
+            }
+        }
+    }
+    loop {
+        if let Some(status) = child.try_wait().map_err(said)? {
+            return Ok(Some((status, words.map(|words| String::from_utf8_lossy(&words).into_owned()))));
+        }
+        if deadline.is_some_and(|deadline| Instant::now() > deadline) {
+            return Ok(None);
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use oci_spec::runtime::HookBuilder;
+
+    fn ran(script: &str, timeout: Option<i64>) -> Result<(), String> {
+        let args = ["sh", "-c", script].map(str::to_owned).to_vec();
+        let hook = HookBuilder::default().path("/bin/sh").args(args).env(["A=1".to_owned()].to_vec());
+        let hook = match timeout {
+            Some(seconds) => hook.timeout(seconds).build().unwrap(),
+            None => hook.build().unwrap(),
+        };
+        run("poststop", &[hook], &json!({"id": "c"}), None).map_err(|fault| fault.to_string())
+    }
+
+    #[test]
+    fn a_hook_gets_the_state_and_its_environment_and_is_waited_for() {
+        assert_eq!(
+            ran("test \"$(cat)\" = '{\"id\":\"c\"}' && test $A = 1 && test -z \"$HOME\"", None),
+            Ok(())
+        );
+        assert_eq!(ran("exec >&- 2>&-; :", None), Ok(()));
+        assert_eq!(ran("exec <&-; :", Some(60)), Ok(()));
+    }
+
+    #[test]
+    fn a_hook_that_fails_is_told_as_by_runc() {
+        for (script, timeout, why) in [
+            ("echo a; echo b >&2; exit 3", None, "exit status 3, stdout: a\n, stderr: b\n"),
+            ("sleep 1000", Some(1), "hook ran past specified timeout of 1.0s"),
+            ("exec sleep 1000 >&- 2>&-", Some(1), "hook ran past specified timeout of 1.0s"),
+        ] {
+            assert_eq!(ran(script, timeout), Err(format!("error running poststop hook #0: {why}")));
+        }
+        let none = HookBuilder::default().path("/no/such").build().unwrap();
+        let said = run("poststart", &[none], &json!({}), None).unwrap_err().to_string();
+        assert_eq!(said, "error running poststart hook #0: fork/exec /no/such: no such file or directory");
+    }
+}
