@@ -196,7 +196,13 @@ impl Executor for Init {
         self.prepare().map_err(|message| {
             self.sink.fail(&message);
             ExecutorValidationError::ArgValidationError(message)
-        })
+        })?;
+        if self.role == Role::First {
+            // Init may wait for its start for days, with what it was forked with: logs, connections to the daemons,
+            // directories of the host. The sockets that libcontainer still needs are those that stay.
+            sysbox_sys::descriptors::close_what_exec_would();
+        }
+        Ok(())
     }
 
     fn setup_envs(&self, envs: HashMap<String, String>) -> Result<(), ExecutorSetEnvsError> {

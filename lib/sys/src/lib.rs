@@ -2,6 +2,7 @@
 //! one system call a wrapper, owned descriptors in and out, `O_CLOEXEC` always, errno kept.
 
 pub mod creds;
+pub mod descriptors;
 pub mod error;
 pub mod fuse;
 pub mod keyring;
