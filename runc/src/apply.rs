@@ -21,7 +21,8 @@ use sysbox_sys::mount::{self as m, Depth, FsContext};
 use sysbox_sys::path::{Kind, make_in_root, open_in_root, proc_path};
 use sysbox_sys::{SysError, creds, userns};
 
-use crate::plan::{Attributes, Bind, Extent, Node, Place, Plan, Receives, Shift, Stage, Target, TargetKind};
+use crate::clones::clone_source;
+use crate::plan::{Node, Place, Plan, Shift, Stage, Target, TargetKind};
 use crate::survey::{Ground, Overlay, Survey};
 
 mod roots;
@@ -38,9 +39,9 @@ pub enum ApplyError {
     NoRootShift { path: PathBuf, source: SysError },
 }
 
-type Result<T> = std::result::Result<T, ApplyError>;
+pub type Result<T> = std::result::Result<T, ApplyError>;
 
-trait Attempt<T> {
+pub trait Attempt<T> {
     fn attempt(self, what: impl FnOnce() -> String) -> Result<T>;
 }
 
@@ -228,10 +229,6 @@ fn fill(base: &Base<'_>, survey: &Survey, clones: &[OwnedFd], staged: &mut Stage
     base.devices()
 }
 
-fn attributes(a: Attributes) -> m::Attributes {
-    m::Attributes { read_only: a.read_only, nosuid: a.nosuid, nodev: a.nodev, noexec: a.noexec }
-}
-
 /// A tmpfs of our own over the stage directory, searchable by the container's init, which looks sources up there.
 fn make_stage(stage: &Stage) -> Result<()> {
     let shown = || format!("mount a tmpfs on {}", stage.dir.display());
@@ -244,38 +241,6 @@ fn make_stage(stage: &Stage) -> Result<()> {
         builder.create(stage.dir.join(dir)).named(|| format!("mkdir({dir})")).attempt(shown)?;
     }
     Ok(())
-}
-
-/// A detached clone of a source, with its final attributes: nobody ever sees it without them.
-fn clone_source(bind: &Bind, shifter: BorrowedFd<'_>, warnings: &mut Vec<String>) -> Result<OwnedFd> {
-    let depth = match bind.extent {
-        Extent::Mount => Depth::One,
-        Extent::Tree => Depth::Tree,
-    };
-    let shown = || format!("bind source {}", bind.source.display());
-    let clone = m::clone_tree(&bind.source, depth).attempt(shown)?;
-    if bind.receives == Receives::Nothing {
-        m::set_propagation(clone.as_fd(), MsFlags::MS_PRIVATE, Depth::Tree).attempt(shown)?;
-    }
-    if bind.shift != Shift::Never {
-        // Submounts are shifted with the top where all of them can be; where one cannot, the top alone.
-        let shifted = m::set_idmap(clone.as_fd(), shifter, depth).or_else(|error| {
-            if depth == Depth::Tree { m::set_idmap(clone.as_fd(), shifter, Depth::One) } else { Err(error) }
-        });
-        match shifted {
-            Ok(()) => {}
-            Err(source) if bind.shift == Shift::Must => {
-                return Err(ApplyError::NoShift { path: bind.source.clone(), source });
-            }
-            Err(error) => warnings.push(format!(
-                "bind source {}: its file system cannot shift ids ({error}); its files will belong to nobody inside",
-                bind.source.display()
-            )),
-        }
-    }
-    m::add_attributes(clone.as_fd(), attributes(bind.top), Depth::One).attempt(shown)?;
-    m::add_attributes(clone.as_fd(), attributes(bind.tree), Depth::Tree).attempt(shown)?;
-    Ok(clone)
 }
 
 /// Directories that programs are in or run from in nearly every image, copied up before anything can pin them. (Others that
@@ -459,11 +424,18 @@ impl Base<'_> {
             fs.set_text("mode", "0555").attempt(shown)?;
             fs.set_text("size", "4k").attempt(shown)?;
             fs.create().attempt(shown)?;
-            let attributes = m::Attributes { read_only: true, nosuid: true, nodev: true, noexec: true };
+            let attributes = m::Attributes {
+                read_only: true,
+                nosuid: true,
+                nodev: true,
+                noexec: true,
+                ..Default::default()
+            };
             fs.mount(attributes).attempt(shown)?
         } else {
             let clone = m::clone_tree(Path::new("/dev/null"), Depth::One).attempt(shown)?;
-            let attributes = m::Attributes { read_only: true, nosuid: true, noexec: true, nodev: false };
+            let attributes =
+                m::Attributes { read_only: true, nosuid: true, noexec: true, ..Default::default() };
             m::add_attributes(clone.as_fd(), attributes, Depth::One).attempt(shown)?;
             clone
         };

@@ -4,6 +4,9 @@
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxNamespaceType, Process, Spec};
+use serde_json::Value;
+
+use crate::fields;
 
 /// A config.json above this many bytes is refused unread.
 const MAX_CONFIG: u64 = 16 * 1024 * 1024;
@@ -42,6 +45,8 @@ pub struct Bundle {
     /// Absolute; a directory and not a link.
     pub rootfs: PathBuf,
     pub spec: Spec,
+    /// Members that the specification does not know, by JSON pointer.
+    pub unknown: Vec<String>,
 }
 
 /// Reads and checks the bundle at `dir`.
@@ -50,10 +55,12 @@ pub struct Bundle {
 /// See [`BundleError`]; nothing has been done yet when it is returned.
 pub fn read(dir: &Path) -> Result<Bundle, BundleError> {
     let dir = dir.canonicalize().map_err(|source| BundleError::Directory { path: dir.to_owned(), source })?;
-    let spec: Spec = read_json(&dir.join("config.json"))?;
+    let (spec, document): (Spec, _) = read_json(&dir.join("config.json"))?;
     check(&spec)?;
+    refuse(&document)?;
+    let unknown = fields::unknown(&document);
     let rootfs = rootfs_of(&dir, &spec)?;
-    Ok(Bundle { dir, rootfs, spec })
+    Ok(Bundle { dir, rootfs, spec, unknown })
 }
 
 /// Reads a process document, as `exec --process` takes it.
@@ -61,12 +68,21 @@ pub fn read(dir: &Path) -> Result<Bundle, BundleError> {
 /// # Errors
 /// As [`read`].
 pub fn read_process(path: &Path) -> Result<Process, BundleError> {
-    let process: Process = read_json(path)?;
+    let (process, document): (Process, _) = read_json(path)?;
+    refuse(&serde_json::json!({ "process": document }))?;
     check_process(&process)?;
     Ok(process)
 }
 
-fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, BundleError> {
+fn refuse(document: &Value) -> Result<(), BundleError> {
+    match fields::refused(document) {
+        Some((pointer, why)) => Err(invalid(pointer, why)),
+        None => Ok(()),
+    }
+}
+
+/// What it says, and the document itself: the types know not all that may stand in it.
+fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<(T, Value), BundleError> {
     let path = path.to_owned();
     let length = match std::fs::metadata(&path) {
         Ok(facts) => facts.len(),
@@ -84,8 +100,10 @@ fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, BundleErr
         let pointer = pointer_of(error.path());
         BundleError::Parse { path: path.clone(), pointer, source: error.into_inner() }
     })?;
-    reader.end().map_err(|source| BundleError::Parse { path, pointer: "/".to_owned(), source })?;
-    Ok(parsed)
+    let whole = |source| BundleError::Parse { path: path.clone(), pointer: "/".to_owned(), source };
+    reader.end().map_err(whole)?;
+    let document = serde_json::from_slice(&text).map_err(whole)?;
+    Ok((parsed, document))
 }
 
 /// RFC 6901.
@@ -197,7 +215,7 @@ fn rootfs_of(dir: &Path, spec: &Spec) -> Result<PathBuf, BundleError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::{Value, json};
+    use serde_json::json;
 
     fn good() -> Value {
         json!({

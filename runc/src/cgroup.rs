@@ -18,6 +18,7 @@ use sysbox_sys::process::Held;
 use crate::cpuset;
 use crate::mirror;
 use crate::nested;
+use crate::oom;
 
 /// The delegated child. On the unified hierarchy init lives one deeper, since a cgroup that hands out controllers holds no
 /// processes.
@@ -347,6 +348,9 @@ impl Cgroup {
             cpu.set_cpus(None).set_mems(None);
             resources.set_cpu(Some(cpu));
         }
+        if let Some(hierarchy) = self.hierarchies.iter().find(|h| h.kind == Kind::V1 && h.has("memory")) {
+            oom::keep(&mut resources, &hierarchy.mount.join(&self.parent));
+        }
         // systemd would undo what it was not told.
         let manager = match &self.systemd {
             Some(scope) => self.manager(scope, id, true),
@@ -409,8 +413,8 @@ impl Cgroup {
 }
 
 fn apply(manager: &AnyCgroupManager, resources: &LinuxResources) -> Result<()> {
-    let options =
-        ControllerOpt { resources, disable_oom_killer: false, oom_score_adj: None, freezer_state: None };
+    let disable_oom_killer = oom::is_to_be_off(resources);
+    let options = ControllerOpt { resources, disable_oom_killer, oom_score_adj: None, freezer_state: None };
     manager.apply(&options).map_err(|error| CgroupError::Limits(error.to_string()))
 }
 

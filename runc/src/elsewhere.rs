@@ -66,7 +66,8 @@ fn of_docker(text: &str) -> Option<String> {
 
 /// `data-dir: PATH`, at the top level, quoted or not.
 fn of_rancher(text: &str) -> Option<String> {
-    let mut value = text.lines().filter_map(|line| line.strip_prefix("data-dir")?.trim_start().strip_prefix(':'));
+    let mut value =
+        text.lines().filter_map(|line| line.strip_prefix("data-dir")?.trim_start().strip_prefix(':'));
     let value = value.next_back()?.trim();
     let quoted = ['"', '\''].iter().find_map(|quote| value.strip_prefix(*quote)?.split(*quote).next());
     let plain = || value.split(" #").next().unwrap_or_default().trim_end();

@@ -9,6 +9,7 @@ use std::collections::{HashMap, HashSet};
 use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io::Read;
+use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -77,6 +78,10 @@ impl Init {
             }
             let made = std::fs::DirBuilder::new().recursive(true).mode(0o755).create(&entry.cwd);
             made.map_err(|error| format!("mkdir {}: {error}", entry.cwd.display()))?;
+        }
+        if let Some((columns, rows)) = entry.console_size {
+            let sized = sysbox_sys::terminal::set_size(std::io::stdin().as_fd(), columns, rows);
+            sized.map_err(|error| error.to_string())?;
         }
         if let Some(name) = &self.keyring {
             match sysbox_sys::keyring::join_session(name) {

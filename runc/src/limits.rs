@@ -1,13 +1,21 @@
 //! Resource limits and the OOM score of a process that waits to be started. Set from outside: inside, in a user
 //! namespace, nobody may raise a hard limit.
 
-use oci_spec::runtime::{PosixRlimit, PosixRlimitType};
+use oci_spec::runtime::{
+    IOPriorityClass, LinuxSchedulerFlag, LinuxSchedulerPolicy, PosixRlimit, PosixRlimitType, Process,
+    Scheduler,
+};
 use sysbox_sys::rlimit::{self, Limits};
+use sysbox_sys::schedule::{self, Policy};
 
 #[derive(Debug, thiserror::Error)]
 pub enum LimitError {
     #[error("/process/rlimits: {0}")]
     Set(#[from] sysbox_sys::SysError),
+    #[error("/process/scheduler: {0}")]
+    Scheduler(sysbox_sys::SysError),
+    #[error("/process/ioPriority: {0}")]
+    IoPriority(sysbox_sys::SysError),
     #[error("/process/oomScoreAdj: write {score}: {source}")]
     Oom { score: i32, source: std::io::Error },
 }
@@ -59,6 +67,57 @@ pub enum Raise {
 pub fn oom_score(pid: i32, score: i32) -> Result<(), LimitError> {
     std::fs::write(format!("/proc/{pid}/oom_score_adj"), score.to_string())
         .map_err(|source| LimitError::Oom { score, source })
+}
+
+/// How the process is scheduled. From outside, as a real time policy takes rights over the host.
+///
+/// # Errors
+/// What the kernel refuses.
+pub fn schedule(pid: i32, process: &Process) -> Result<(), LimitError> {
+    if let Some(asked) = process.scheduler() {
+        schedule::set_policy(pid, policy(asked)).map_err(LimitError::Scheduler)?;
+    }
+    if let Some(asked) = process.io_priority() {
+        let class = match asked.class() {
+            IOPriorityClass::IoprioClassRt => 1,
+            IOPriorityClass::IoprioClassBe => 2,
+            IOPriorityClass::IoprioClassIdle => 3,
+        };
+        // Out of range either way is for the kernel to say.
+        let level = u32::try_from(asked.priority()).unwrap_or(u32::MAX);
+        schedule::set_io_priority(pid, class, level).map_err(LimitError::IoPriority)?;
+    }
+    Ok(())
+}
+
+fn policy(asked: &Scheduler) -> Policy {
+    let flag = |flag: &LinuxSchedulerFlag| match flag {
+        LinuxSchedulerFlag::SchedResetOnFork => 0x01,
+        LinuxSchedulerFlag::SchedFlagReclaim => 0x02,
+        LinuxSchedulerFlag::SchedFlagDLOverrun => 0x04,
+        LinuxSchedulerFlag::SchedFlagKeepPolicy => 0x08,
+        LinuxSchedulerFlag::SchedFlagKeepParams => 0x10,
+        LinuxSchedulerFlag::SchedFlagUtilClampMin => 0x20,
+        LinuxSchedulerFlag::SchedFlagUtilClampMax => 0x40,
+    };
+    Policy {
+        // As the kernel's <linux/sched.h> numbers them.
+        policy: match asked.policy() {
+            LinuxSchedulerPolicy::SchedOther => 0,
+            LinuxSchedulerPolicy::SchedFifo => 1,
+            LinuxSchedulerPolicy::SchedRr => 2,
+            LinuxSchedulerPolicy::SchedBatch => 3,
+            LinuxSchedulerPolicy::SchedIso => 4,
+            LinuxSchedulerPolicy::SchedIdle => 5,
+            LinuxSchedulerPolicy::SchedDeadline => 6,
+        },
+        flags: asked.flags().iter().flatten().map(flag).fold(0, |all, one| all | one),
+        nice: asked.nice().unwrap_or(0),
+        priority: asked.priority().and_then(|priority| u32::try_from(priority).ok()).unwrap_or(0),
+        runtime: asked.runtime().unwrap_or(0),
+        deadline: asked.deadline().unwrap_or(0),
+        period: asked.period().unwrap_or(0),
+    }
 }
 
 fn number(typ: PosixRlimitType) -> i32 {

@@ -12,6 +12,7 @@ pub mod process;
 pub mod ready;
 pub mod reflink;
 pub mod rlimit;
+pub mod schedule;
 pub mod seccomp;
 pub mod socket;
 pub mod terminal;

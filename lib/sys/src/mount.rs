@@ -18,6 +18,20 @@ pub struct Attributes {
     pub nosuid: bool,
     pub nodev: bool,
     pub noexec: bool,
+    pub nosymfollow: bool,
+    pub nodiratime: bool,
+    pub atime: Atime,
+}
+
+/// When a read of a file is noted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Atime {
+    /// As the mount has it.
+    #[default]
+    Kept,
+    Relative,
+    Never,
+    Always,
 }
 
 impl Attributes {
@@ -27,6 +41,10 @@ impl Attributes {
             (self.nosuid, libc::MOUNT_ATTR_NOSUID),
             (self.nodev, libc::MOUNT_ATTR_NODEV),
             (self.noexec, libc::MOUNT_ATTR_NOEXEC),
+            (self.nosymfollow, libc::MOUNT_ATTR_NOSYMFOLLOW),
+            (self.nodiratime, libc::MOUNT_ATTR_NODIRATIME),
+            (self.atime == Atime::Never, libc::MOUNT_ATTR_NOATIME),
+            (self.atime == Atime::Always, libc::MOUNT_ATTR_STRICTATIME),
         ]
         .into_iter()
         .filter(|(wanted, _)| *wanted)
@@ -122,11 +140,31 @@ pub fn set_idmap(mount: BorrowedFd<'_>, userns: BorrowedFd<'_>, depth: Depth) ->
 /// # Errors
 /// `EPERM` where the mount is locked otherwise.
 pub fn add_attributes(mount: BorrowedFd<'_>, attributes: Attributes, depth: Depth) -> Result<()> {
-    if attributes == Attributes::default() {
+    change_attributes(mount, attributes, Attributes::default(), depth)
+}
+
+/// Takes the attributes of `clear` from a mount, and adds those of `set`.
+///
+/// # Errors
+/// As [`add_attributes`].
+pub fn change_attributes(
+    mount: BorrowedFd<'_>,
+    set: Attributes,
+    clear: Attributes,
+    depth: Depth,
+) -> Result<()> {
+    if set == Attributes::default() && clear == Attributes::default() {
         return Ok(());
     }
-    let attr = libc::mount_attr { attr_set: attributes.bits(), attr_clr: 0, propagation: 0, userns_fd: 0 };
-    setattr(mount, depth, attr, || format!("mount_setattr({}, {attributes:?})", mount.as_raw_fd()))
+    // The access time is a number in these bits, which are cleared to be set (mount_setattr(2)).
+    let times = if set.atime == Atime::Kept { 0 } else { libc::MOUNT_ATTR__ATIME };
+    let attr = libc::mount_attr {
+        attr_set: set.bits(),
+        attr_clr: clear.bits() | times,
+        propagation: 0,
+        userns_fd: 0,
+    };
+    setattr(mount, depth, attr, || format!("mount_setattr({}, +{set:?}, -{clear:?})", mount.as_raw_fd()))
 }
 
 /// Makes a mount writable again that [`add_attributes`] made read-only.
@@ -305,8 +343,12 @@ mod tests {
 
     #[test]
     fn attributes_become_the_bits_of_the_kernel() {
-        let all = Attributes { read_only: true, nosuid: true, nodev: true, noexec: true };
+        let all =
+            Attributes { read_only: true, nosuid: true, nodev: true, noexec: true, ..Attributes::default() };
         assert_eq!(all.bits(), 0xf);
+        let rest =
+            Attributes { nosymfollow: true, nodiratime: true, atime: Atime::Never, ..Attributes::default() };
+        assert_eq!(rest.bits(), 0x0020_0090);
         assert_eq!(Attributes::default().bits(), 0);
         assert_eq!(Attributes { read_only: true, ..Attributes::default() }.bits(), 1);
     }

@@ -47,12 +47,20 @@ fn collect(maker: Pid) {
 /// `EPERM`/`ENOSPC` where user namespaces are switched off or used up (`user.max_user_namespaces`), `EINVAL` for a map the
 /// kernel refuses.
 pub fn with_maps(map: &IdMap) -> Result<MapNamespace> {
+    with_lines(map.uids(), map.gids())
+}
+
+/// As [`with_maps`], of lines that need not make a container's map.
+///
+/// # Errors
+/// As [`with_maps`].
+pub fn with_lines(uids: &[IdMapLine], gids: &[IdMapLine]) -> Result<MapNamespace> {
     let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).named(|| "pipe2".to_owned())?;
     // The child has a copy-on-write copy of this process, which in the small runtime is cheap enough; it only waits.
     let maker = spawn_waiting(reader.as_raw_fd(), writer.as_raw_fd())?;
     let made = (|| {
-        write_map(maker, "uid_map", map.uids())?;
-        write_map(maker, "gid_map", map.gids())?;
+        write_map(maker, "uid_map", uids)?;
+        write_map(maker, "gid_map", gids)?;
         let path = format!("/proc/{maker}/ns/user");
         File::open(&path).named(|| format!("open({path})")).map(OwnedFd::from)
     })();

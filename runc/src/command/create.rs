@@ -76,6 +76,12 @@ fn attempt<'a>(
     if home.dir.exists() {
         return Err(StateError::Exists { id: home.key.id.clone() }.into());
     }
+    if !bundle.unknown.is_empty() {
+        call.log.warn(&format!(
+            "config.json: ignored, as the specification does not know it: {}",
+            bundle.unknown.join(", ")
+        ));
+    }
     let survey = survey::look(&bundle)?;
     let own_map = plan::own_map(&bundle.spec)?;
     settings_of(&bundle, Defaults::default())?;
@@ -239,6 +245,7 @@ fn launch(
             Raise::No
         };
         limits::apply(init.pid, &plan.limits, raise)?;
+        limits::schedule(init.pid, &state.process)?;
         if let Some(score) = plan.oom_score_adj {
             limits::oom_score(init.pid, score)?;
         }

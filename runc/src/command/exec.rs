@@ -98,7 +98,8 @@ pub fn exec(call: &Call<'_>, args: &ExecArgs) -> Result<i32> {
         follow.map_err(|e| LaunchError::Cgroup(e.to_string()))?;
         below.join(&state.cgroup, Pid::from_raw(made.pid)).map_err(|e| LaunchError::Cgroup(e.to_string()))?;
         let asked = process.rlimits().as_deref().unwrap_or_default();
-        limits::apply(made.pid, asked, raise).map_err(|e| step("set limits")(&e))
+        let limited = limits::apply(made.pid, asked, raise);
+        limited.and_then(|()| limits::schedule(made.pid, &process)).map_err(|e| step("set limits")(&e))
     };
     let after_start = |made: Made| match relay.take() {
         Some(relay) => {

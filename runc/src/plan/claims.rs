@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use oci_spec::runtime::Mount;
 use sysbox_ipc::mgr::{DATA_ROOTS, STORES};
 
-use super::mounts::{attributes, normal};
+use super::mounts::normal;
+use super::options::flags;
 use crate::bundle::Bundle;
 use crate::elsewhere::Moved;
 use crate::survey::{Ground, is_bind, source_path};
@@ -69,7 +70,7 @@ fn over<'m>(mounts: &'m [Mount], path: &str) -> Option<&'m Mount> {
 }
 
 fn in_mount(mount: &Mount, inside: &str, bundle: &Bundle) -> Option<Wanted> {
-    let (top, tree) = attributes(mount);
+    let (top, tree) = (flags(mount).top, flags(mount).tree);
     let writable = is_bind(mount) && !top.read_only && !tree.read_only;
     let below = Path::new(inside).strip_prefix(mount.destination()).ok()?;
     writable.then(|| Wanted {
@@ -88,8 +89,12 @@ mod tests {
     fn claimed(ground: &Ground, read_only: bool, mounts: &Value) -> Vec<String> {
         let spec =
             json!({"ociVersion": "1.0.2", "root": {"path": "r", "readonly": read_only}, "mounts": mounts});
-        let bundle =
-            Bundle { dir: "/b".into(), rootfs: "/b/r".into(), spec: serde_json::from_value(spec).unwrap() };
+        let bundle = Bundle {
+            dir: "/b".into(),
+            rootfs: "/b/r".into(),
+            spec: serde_json::from_value(spec).unwrap(),
+            unknown: vec![],
+        };
         let shown = |w: Wanted| {
             format!(
                 "{} {}+{}{}",

@@ -4,8 +4,10 @@
 mod claims;
 mod devices;
 mod mounts;
+mod options;
 mod process;
 mod profile;
+mod resources;
 mod settings;
 
 use std::path::{Path, PathBuf};
@@ -23,7 +25,8 @@ use crate::survey::{Ground, Survey};
 
 pub use claims::{Wanted, wanted};
 pub use devices::Node;
-pub use mounts::{Attributes, Bind, Extent, Place, Receives, Shift, Target, TargetKind};
+pub use mounts::{Bind, Extent, Place, Receives, Shift, Target, TargetKind};
+pub use options::{Atime, Attributes};
 pub use process::{Entry, entry, for_libcontainer};
 pub use settings::{SettingError, Settings};
 
@@ -57,10 +60,8 @@ pub enum PlanError {
     NoSource { at: usize, source_path: PathBuf },
     #[error("/mounts/{at}: {} cannot be mounted because it is inside /proc", destination.display())]
     InsideProc { at: usize, destination: PathBuf },
-    #[error(
-        "/mounts/{at}: uidMappings and gidMappings of a mount can only be those of the container; hint: leave them out"
-    )]
-    MountMap { at: usize },
+    #[error("/mounts/{at}: {why}")]
+    Mount { at: usize, why: String },
     #[error("/linux/sysctl: `{key}` is not namespaced: it would change the host")]
     Sysctl { key: String },
     #[error("/process/user: {kind} {id} is not mapped in the container (0 to {last})")]
@@ -77,6 +78,12 @@ pub enum PlanError {
     DataRoot { path: PathBuf, told_by: &'static str, why: &'static str },
     #[error("/linux/devices: {} is not below /dev", path.display())]
     DevicePath { path: PathBuf },
+    #[error("/linux/rootfsPropagation: `{asked}` is not one of shared, slave, private, unbindable")]
+    Propagation { asked: String },
+    #[error("/process/ioPriority/priority: {level} is not 0 to 7")]
+    IoPriority { level: i64 },
+    #[error("/linux/resources/{member}: {why}")]
+    Resource { member: &'static str, why: &'static str },
     #[error("/linux: could not be built: {0}")]
     Build(String),
 }
@@ -225,9 +232,13 @@ pub fn plan(
     linux.set_seccomp(None);
     linux.set_masked_paths(Some(mounted.masked));
     linux.set_readonly_paths(Some(mounted.read_only));
-    let resources = devices::rules(linux.resources().clone().unwrap_or_default(), &nodes);
+    let limits =
+        resources::fit(linux.resources().clone().unwrap_or_default(), survey.cgroup_v2, &mut warnings)?;
+    let resources = devices::rules(limits, &nodes);
     linux.set_resources(None);
     // Machines expect their root to be shared: mount propagation inside (kubelet, containerd) depends on it.
+    let propagation = linux.rootfs_propagation().as_deref().map(propagation).transpose()?;
+    linux.set_rootfs_propagation(propagation.map(str::to_owned));
     if settings.common.syscont_mode && linux.rootfs_propagation().is_none() {
         linux.set_rootfs_propagation(Some("shared".to_owned()));
     }
@@ -264,6 +275,17 @@ pub fn plan(
         seccomp,
         warnings,
     })
+}
+
+/// libcontainer's names for what runc knows; it changes the whole tree in any case.
+fn propagation(asked: &str) -> Result<&'static str, PlanError> {
+    match asked {
+        "shared" | "rshared" => Ok("shared"),
+        "slave" | "rslave" => Ok("slave"),
+        "private" | "rprivate" => Ok("private"),
+        "unbindable" | "runbindable" => Ok("unbindable"),
+        _ => Err(PlanError::Propagation { asked: asked.to_owned() }),
+    }
 }
 
 /// Files on disk have the ids that the container sees, so what its root makes setuid is setuid root to whoever reaches it.

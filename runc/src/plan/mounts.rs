@@ -12,7 +12,8 @@ use sysbox_ipc::IdMap;
 use sysbox_ipc::fs::Prepared;
 use sysbox_ipc::mgr::{DATA_ROOTS, Grant};
 
-use super::{LayerRoot, PlanError, Root, Settings, Stage, Volume, lines};
+use super::options::{Flags, MountMap, flags, own_map, refuse, shift_extent};
+use super::{LayerRoot, PlanError, Root, Settings, Stage, Volume};
 use crate::bundle::Bundle;
 use crate::elsewhere;
 use crate::survey::{Ground, OVERLAY_MAGIC, Source, Survey, is_bind, source_path};
@@ -26,15 +27,6 @@ pub enum Shift {
     Try,
     /// Shifted, or the container is not made.
     Must,
-}
-
-/// Flags that a mount gets before anyone sees it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Attributes {
-    pub read_only: bool,
-    pub nosuid: bool,
-    pub nodev: bool,
-    pub noexec: bool,
 }
 
 /// Whether what is mounted below the source comes along.
@@ -67,10 +59,12 @@ pub struct Bind {
     pub source: PathBuf,
     pub is_directory: bool,
     pub extent: Extent,
-    /// Attributes that hold for the whole tree (rro and the like) are in `tree`, the others for its top.
-    pub top: Attributes,
-    pub tree: Attributes,
+    pub flags: Flags,
     pub shift: Shift,
+    /// How far it has to be shifted; without it, as far as its file systems can.
+    pub shift_extent: Option<Extent>,
+    /// Shifted by these ids instead of the container's.
+    pub map: Option<MountMap>,
     pub receives: Receives,
     pub place: Place,
 }
@@ -206,7 +200,7 @@ fn parent_of(mounts: &[Mount], at: usize) -> Option<usize> {
 fn locked_binds(mounts: &[Mount]) -> Vec<usize> {
     let mut locked = Vec::new();
     for at in 0..mounts.len() {
-        if !is_bind(&mounts[at]) || !attributes(&mounts[at]).0.read_only {
+        if !is_bind(&mounts[at]) || !flags(&mounts[at]).top.read_only {
             continue;
         }
         let mut chain = vec![at];
@@ -223,29 +217,6 @@ fn locked_binds(mounts: &[Mount]) -> Vec<usize> {
     locked
 }
 
-/// The flags among a mount's options: for its top, and for the whole tree.
-pub(super) fn attributes(mount: &Mount) -> (Attributes, Attributes) {
-    let (mut top, mut tree) = (Attributes::default(), Attributes::default());
-    for option in mount.options().iter().flatten() {
-        match option.as_str() {
-            "ro" => top.read_only = true,
-            "rw" => top.read_only = false,
-            "nosuid" => top.nosuid = true,
-            "suid" => top.nosuid = false,
-            "nodev" => top.nodev = true,
-            "dev" => top.nodev = false,
-            "noexec" => top.noexec = true,
-            "exec" => top.noexec = false,
-            "rro" => tree.read_only = true,
-            "rnosuid" => tree.nosuid = true,
-            "rnodev" => tree.nodev = true,
-            "rnoexec" => tree.noexec = true,
-            _ => {}
-        }
-    }
-    (top, tree)
-}
-
 fn mount(destination: impl Into<PathBuf>, typ: &str, source: impl Into<PathBuf>, options: &[&str]) -> Mount {
     let options: Vec<String> = options.iter().map(|option| (*option).to_owned()).collect();
     MountBuilder::default()
@@ -260,11 +231,6 @@ fn mount(destination: impl Into<PathBuf>, typ: &str, source: impl Into<PathBuf>,
 fn receives(asked: &Mount) -> Receives {
     let slave = |option: &String| matches!(option.as_str(), "slave" | "rslave" | "shared" | "rshared");
     if asked.options().iter().flatten().any(slave) { Receives::HostMounts } else { Receives::Nothing }
-}
-
-/// A mount that brings mappings of its own asks for a shift as the option `idmap` does.
-fn has_map(asked: &Mount) -> bool {
-    asked.uid_mappings().is_some() || asked.gid_mappings().is_some()
 }
 
 struct Planner<'a> {
@@ -289,6 +255,7 @@ impl Planner<'_> {
         if is_bind(asked) && !below_cgroup {
             return self.bind(at, asked, locked);
         }
+        refuse(at, asked)?;
         if !self.machine() && !below_cgroup {
             self.done.mounts.push(asked.clone());
             return Ok(());
@@ -303,7 +270,7 @@ impl Planner<'_> {
                 self.done.mounts.push(mount(destination, "sysfs", "sysfs", &options));
             }
             Some("/sys/fs/cgroup") => {
-                let asked_read_only = attributes(asked).0.read_only;
+                let asked_read_only = flags(asked).top.read_only;
                 let access = if self.machine() || !asked_read_only { "rw" } else { "ro" };
                 let options = [NO.as_slice(), &["relatime", access]].concat();
                 self.done.mounts.push(mount(destination, "cgroup", "cgroup", &options));
@@ -322,17 +289,15 @@ impl Planner<'_> {
         if inside_proc && !PROC_FILES.iter().any(|file| Path::new(file) == destination) {
             return Err(PlanError::InsideProc { at, destination });
         }
-        let own = (lines(asked.uid_mappings()), lines(asked.gid_mappings()));
-        if has_map(asked) && (own.0 != self.map.uids() || own.1 != self.map.gids()) {
-            return Err(PlanError::MountMap { at });
-        }
+        let map = own_map(at, asked)?;
+        let map = map.filter(|own| own.uids != self.map.uids() || own.gids != self.map.gids());
         let path = source_path(asked, &self.bundle.dir);
         let Some(source) = self.survey.sources.get(&path).cloned() else {
             return Err(PlanError::NoSource { at, source_path: path });
         };
-        let (top, tree) = attributes(asked);
+        let flags = flags(asked);
         let tree_wanted = asked.options().iter().flatten().any(|option| option == "rbind");
-        let writable = !top.read_only && !tree.read_only;
+        let writable = !flags.top.read_only && !flags.tree.read_only;
         if writable && source.exposed && !self.is_engines(&path) {
             self.warnings.push(format!(
                 "bind mount {}: users of the host can reach {}, so root of the container can leave setuid files there for \
@@ -359,9 +324,10 @@ impl Planner<'_> {
         self.done.binds.push(Bind {
             is_directory: source.is_directory,
             extent: if tree_wanted { Extent::Tree } else { Extent::Mount },
-            top,
-            tree,
+            flags,
             shift: self.shift_of(asked, &source),
+            shift_extent: shift_extent(asked),
+            map,
             receives: receives(asked),
             source: path,
             place,
@@ -375,11 +341,10 @@ impl Planner<'_> {
     }
 
     fn shift_of(&self, asked: &Mount, source: &Source) -> Shift {
-        let idmap = |option: &String| option == "idmap" || option == "ridmap";
         if self.settings.unshifted.contains(asked.destination()) {
             return Shift::Never;
         }
-        let wants = has_map(asked) || asked.options().iter().flatten().any(idmap);
+        let wants = shift_extent(asked).is_some();
         let owned = self.map.owns_host_uid(source.uid);
         if wants {
             Shift::Must
@@ -517,8 +482,9 @@ impl Planner<'_> {
         self.done.binds.push(Bind {
             is_directory: true,
             extent: Extent::Mount,
-            top: Attributes::default(),
-            tree: Attributes::default(),
+            flags: Flags::default(),
+            shift_extent: None,
+            map: None,
             shift: self.root.shift,
             receives: Receives::Nothing,
             source: host.clone(),

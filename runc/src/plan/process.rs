@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::path::PathBuf;
 
 use caps::Capability;
-use oci_spec::runtime::{LinuxCapabilities, Process, UserBuilder};
+use oci_spec::runtime::{LinuxCapabilities, LinuxIOPriority, Process, UserBuilder};
 use sysbox_ipc::IdMap;
 use sysbox_ipc::mgr::HostFacts;
 
@@ -20,6 +20,8 @@ pub struct Entry {
     pub gid: u32,
     pub groups: Vec<u32>,
     pub umask: Option<u32>,
+    /// Columns and rows of the terminal, if there is one.
+    pub console_size: Option<(u16, u16)>,
     pub capabilities: Capabilities,
     pub no_new_privileges: bool,
     /// Where libcontainer is to apply one.
@@ -89,6 +91,12 @@ pub fn entry(
             return Err(PlanError::UnmappedId { kind: "gid", id: gid, last: last(map.gids()) });
         }
     }
+    // The kernel would take the bits above as something else (ioprio_set(2)).
+    if let Some(level) = process.io_priority().as_ref().map(LinuxIOPriority::priority)
+        && !(0..=7).contains(&level)
+    {
+        return Err(PlanError::IoPriority { level });
+    }
     let machine = settings.common.syscont_mode;
     let capabilities = if machine && !settings.common.honor_caps {
         Capabilities::of_machine(user.uid())
@@ -103,10 +111,18 @@ pub fn entry(
         gid: user.gid(),
         groups,
         umask: user.umask(),
+        console_size: console_size(process),
         capabilities,
         no_new_privileges: process.no_new_privileges().unwrap_or(false),
         apparmor: apparmor(process.apparmor_profile().as_deref(), facts, machine)?,
     })
+}
+
+/// What no terminal can have is none.
+fn console_size(process: &Process) -> Option<(u16, u16)> {
+    let size = process.console_size().filter(|_| process.terminal().unwrap_or(false))?;
+    let (columns, rows) = (u16::try_from(size.width()).ok()?, u16::try_from(size.height()).ok()?);
+    (columns > 0 && rows > 0).then_some((columns, rows))
 }
 
 fn last(lines: &[sysbox_ipc::IdMapLine]) -> u32 {
@@ -134,6 +150,10 @@ pub fn for_libcontainer(mut process: Process, apparmor: Option<String>) -> Proce
     process.set_apparmor_profile(apparmor);
     process.set_cwd(PathBuf::from("/"));
     process.set_oom_score_adj(None);
+    // From outside (`limits.rs`): a real time policy takes rights over the host.
+    process.set_scheduler(None);
+    process.set_io_priority(None);
+    process.set_selinux_label(None);
     // Without HOME libcontainer would ask the C library for it, which loads what the image's nsswitch.conf names into our
     // process while that can still do everything (CVE-2019-14271). Ours is found by `init.rs`, by hand.
     process.set_env(Some(vec!["HOME=/".to_owned()]));

@@ -32,7 +32,7 @@ fn planned(spec: Spec) -> Result<Plan, PlanError> {
 }
 
 fn planned_on(spec: Spec, change: impl FnOnce(&mut Survey)) -> Result<Plan, PlanError> {
-    let bundle = Bundle { dir: "/b".into(), rootfs: "/b/rootfs".into(), spec };
+    let bundle = Bundle { dir: "/b".into(), rootfs: "/b/rootfs".into(), spec, unknown: vec![] };
     let mut sources = BTreeMap::new();
     for name in ["/h/a", "/h/b", "/h/c"] {
         sources.insert(PathBuf::from(name), source(true));
@@ -256,15 +256,16 @@ fn faults_name_the_mount() {
 }
 
 #[test]
-fn a_mount_is_shifted_by_the_containers_map_and_no_other() {
+fn a_mount_is_shifted_by_the_containers_map_or_by_its_own() {
     let with = |host: u32| {
         let mut mount = bind("/x", "/h/a", &["bind"]);
         let line = json!([{"containerID": 0, "hostID": host, "size": 65536}]);
         (mount["uidMappings"], mount["gidMappings"]) = (line.clone(), line);
         planned(spec(json!([mount]), json!({})))
     };
-    assert_eq!(with(300_000).unwrap().binds[0].shift, Shift::Must);
-    assert!(with(400_000).unwrap_err().to_string().starts_with("/mounts/0: uidMappings and gidMappings"));
+    let of = |host: u32| with(host).unwrap().binds.remove(0);
+    assert_eq!((of(300_000).shift, of(300_000).map), (Shift::Must, None));
+    assert_eq!((of(400_000).shift, of(400_000).map.unwrap().uids[0].outside), (Shift::Must, 400_000));
 }
 
 #[test]
