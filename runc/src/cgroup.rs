@@ -11,13 +11,14 @@ use libcgroups::common::{
     AnyCgroupManager, CgroupConfig, CgroupManager, ControllerOpt, create_cgroup_manager,
 };
 use nix::unistd::Pid;
-use oci_spec::runtime::{LinuxMemory, LinuxResources};
+use oci_spec::runtime::LinuxResources;
 use serde::{Deserialize, Serialize};
 use sysbox_sys::process::Held;
 
 use crate::cpuset;
 use crate::mirror;
 use crate::nested;
+use crate::oom;
 
 /// The delegated child. On the unified hierarchy init lives one deeper, since a cgroup that hands out controllers holds no
 /// processes.
@@ -333,13 +334,6 @@ impl Cgroup {
         Ok(())
     }
 
-    fn is_oom_killer_off(&self) -> bool {
-        let memory = self.hierarchies.iter().find(|h| h.kind == Kind::V1 && h.has("memory"));
-        let control =
-            memory.map(|h| fs::read_to_string(h.mount.join(&self.parent).join("memory.oom_control")));
-        control.and_then(std::result::Result::ok).is_some_and(|text| text.contains("oom_kill_disable 1"))
-    }
-
     /// Changes the limits that are given. Device rules are none of them: the child's could not follow.
     ///
     /// # Errors
@@ -358,12 +352,8 @@ impl Cgroup {
             cpu.set_cpus(None).set_mems(None);
             resources.set_cpu(Some(cpu));
         }
-        if let Some(mut memory) =
-            resources.memory().clone().filter(|memory| memory.disable_oom_killer().is_none())
-        {
-            // What is not said is to stay, and libcgroups would set it.
-            memory.set_disable_oom_killer(Some(self.is_oom_killer_off()));
-            resources.set_memory(Some(memory));
+        if let Some(hierarchy) = self.hierarchies.iter().find(|h| h.kind == Kind::V1 && h.has("memory")) {
+            oom::keep(&mut resources, &hierarchy.mount.join(&self.parent));
         }
         // systemd would undo what it was not told.
         let manager = match &self.systemd {
@@ -427,8 +417,7 @@ impl Cgroup {
 }
 
 fn apply(manager: &AnyCgroupManager, resources: &LinuxResources) -> Result<()> {
-    let disable_oom_killer =
-        resources.memory().as_ref().and_then(LinuxMemory::disable_oom_killer).unwrap_or(false);
+    let disable_oom_killer = oom::is_to_be_off(resources);
     let options = ControllerOpt { resources, disable_oom_killer, oom_score_adj: None, freezer_state: None };
     manager.apply(&options).map_err(|error| CgroupError::Limits(error.to_string()))
 }

@@ -24,6 +24,7 @@ mod listener;
 mod log;
 mod mirror;
 mod nested;
+mod oom;
 mod overlay;
 mod plan;
 mod preload;

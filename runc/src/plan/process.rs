@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::path::PathBuf;
 
 use caps::Capability;
-use oci_spec::runtime::{LinuxCapabilities, Process, UserBuilder};
+use oci_spec::runtime::{LinuxCapabilities, LinuxIOPriority, Process, UserBuilder};
 use sysbox_ipc::IdMap;
 use sysbox_ipc::mgr::HostFacts;
 
@@ -90,6 +90,12 @@ pub fn entry(
         if map.host_gid(gid).is_none() {
             return Err(PlanError::UnmappedId { kind: "gid", id: gid, last: last(map.gids()) });
         }
+    }
+    // The kernel would take the bits above as something else (ioprio_set(2)).
+    if let Some(level) = process.io_priority().as_ref().map(LinuxIOPriority::priority)
+        && !(0..=7).contains(&level)
+    {
+        return Err(PlanError::IoPriority { level });
     }
     let machine = settings.common.syscont_mode;
     let capabilities = if machine && !settings.common.honor_caps {
