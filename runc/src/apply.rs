@@ -210,7 +210,7 @@ fn fill(base: &Base<'_>, survey: &Survey, clones: &[OwnedFd], staged: &mut Stage
     }
     if let Ground::Overlay(overlay) = &survey.ground {
         for root in &plan.layer_roots {
-            let clone = base.layer_root(staged, overlay, &root.path)?;
+            let clone = base.layer_root(staged, overlay, survey, &root.path)?;
             base.attach_staged(root.bind, true, clone.as_fd())?;
         }
     }

@@ -45,7 +45,7 @@ fn run_args(bundle: &Bundle, log: &Path) -> Vec<String> {
 fn used(path: &Path) -> u64 {
     sh("sync");
     let facts = nix::sys::statvfs::statvfs(path).unwrap();
-    (facts.blocks() - facts.blocks_free()) * facts.fragment_size() >> 20
+    ((facts.blocks() - facts.blocks_free()) * facts.fragment_size()) >> 20
 }
 
 #[track_caller]

@@ -20,7 +20,13 @@ use crate::survey::{Ground, Overlay, Survey};
 impl Base<'_> {
     /// A data root from the container's own layer: the directory on disk that holds it, shifted, for an inner engine to
     /// use as the real file system that it is (docs/decisions/0003-data-roots.md).
-    pub(super) fn layer_root(&self, staged: &mut Staged, overlay: &Overlay, path: &Path) -> Result<OwnedFd> {
+    pub(super) fn layer_root(
+        &self,
+        staged: &mut Staged,
+        overlay: &Overlay,
+        survey: &Survey,
+        path: &Path,
+    ) -> Result<OwnedFd> {
         let shown = || format!("data root {}", path.display());
         let point =
             self.make_target(staged, &Target { path: path.to_owned(), kind: TargetKind::Directory })?;
@@ -42,7 +48,10 @@ impl Base<'_> {
             }
         };
         let beside = overlay.upper.parent().unwrap_or(Path::new("/"));
-        let brought = preload::bring(&overlay.lowers, path, on_disk.as_fd(), beside).attempt(shown)?;
+        // What the engine's view has not, no layer has; then none of a hundred is asked.
+        let is_there = survey.present_roots.iter().any(|root| root == path);
+        let lowers = if is_there { overlay.lowers.as_slice() } else { &[] };
+        let brought = preload::bring(lowers, path, on_disk.as_fd(), beside).attempt(shown)?;
         staged.warnings.extend(brought);
         let clone = m::clone_fd(on_disk.as_fd(), Depth::One).attempt(shown)?;
         if self.plan.root.shift != Shift::Never {
@@ -55,7 +64,9 @@ impl Base<'_> {
     /// layer counts too: an engine may have put files there before the first start.
     pub(super) fn fill_volumes(&self, staged: &mut Staged, survey: &Survey) -> Result<()> {
         for volume in &self.plan.volumes {
+            let is_there = survey.present_roots.contains(&volume.path);
             let layers: Vec<PathBuf> = match &survey.ground {
+                _ if !is_there => Vec::new(),
                 Ground::Overlay(overlay) => {
                     [&overlay.upper].into_iter().chain(&overlay.lowers).cloned().collect()
                 }

@@ -40,7 +40,7 @@ pub struct Carried {
 }
 
 /// A container can make more files than anybody wants to wait for; the rest is then not listed, which is told.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(30);
 /// Docker's mark of a layer that others are built on: nobody writes to it any more.
 const IS_IMMUTABLE: &str = "committed";
 const DIRECTORY: OFlag = OFlag::O_RDONLY.union(OFlag::O_DIRECTORY);
@@ -68,6 +68,7 @@ pub fn record(carried: &Carried) -> Vec<String> {
         let failed = |error: SysError| format!("data root {}: {error}", path.display());
         if let Err(error) = record_root(root.as_fd(), began + LIMIT, &mut failures) {
             failures.push(failed(error));
+            failures.extend(copy::remove(root.as_fd(), DRAFT.as_ref()).err().map(failed));
         }
     }
     tracing::debug!(took = ?began.elapsed(), "data roots are listed");
@@ -211,11 +212,11 @@ pub(crate) fn walk(
     }
     let mut pending = vec![PathBuf::new()];
     while let Some(path) = pending.pop() {
-        if Instant::now() > deadline {
-            return Err(SysError::new(Errno::ETIMEDOUT, format!("walk to {}", path.display())));
-        }
         let dir = open_beneath(base, &path, DIRECTORY)?;
         for name in names(dir.as_fd())? {
+            if Instant::now() > deadline {
+                return Err(SysError::new(Errno::ETIMEDOUT, format!("walk to {}", path.display())));
+            }
             let what = || format!("fstatat({}/{})", path.display(), Path::new(&name).display());
             let facts = match fstatat(&dir, name.as_os_str(), AtFlags::AT_SYMLINK_NOFOLLOW) {
                 Ok(facts) => facts,
