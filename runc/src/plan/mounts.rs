@@ -10,13 +10,14 @@ use std::path::{Component, Path, PathBuf};
 use oci_spec::runtime::{Mount, MountBuilder};
 use sysbox_ipc::IdMap;
 use sysbox_ipc::fs::Prepared;
-use sysbox_ipc::mgr::{DATA_ROOTS, Grant};
+use sysbox_ipc::mgr::Grant;
 
 use super::options::{Attributes, Flags, MountMap, flags, own_map, refuse, shift_extent};
 use super::{LayerRoot, PlanError, Root, Settings, Stage, Volume};
 use crate::bundle::Bundle;
-use crate::elsewhere;
-use crate::survey::{Ground, OVERLAY_MAGIC, Source, Survey, is_bind, source_path};
+use crate::survey::{OVERLAY_MAGIC, Source, Survey, is_bind, source_path};
+
+mod roots;
 
 /// Whether ids are shifted by the mount.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -353,6 +354,13 @@ impl Planner<'_> {
                 path.display()
             ));
         }
+        if asked.options().iter().flatten().any(|option| option.ends_with("shared")) {
+            self.warnings.push(format!(
+                "bind mount {}: shared with the host one way: what the host mounts below it is seen inside, what is mounted \
+                 inside is not seen on the host (the kernel lets no mount out of a user namespace); hint: `rslave` says so",
+                destination.display()
+            ));
+        }
         let kind = if source.is_directory { TargetKind::Directory } else { TargetKind::File };
         if source.magic == OVERLAY_MAGIC && !self.map.owns_host_uid(source.uid) {
             self.warnings.push(format!(
@@ -481,77 +489,6 @@ impl Planner<'_> {
                 place: Place::Staged(number),
             });
         }
-    }
-
-    /// Data roots, each on a file system that can hold the upper layer of an overlay, which an overlay cannot.
-    fn data_roots(&mut self, asked: &[Mount], volumes: &Path) -> Result<(), PlanError> {
-        if !self.machine() {
-            return Ok(());
-        }
-        let survey = self.survey;
-        let known = DATA_ROOTS.iter().map(|path| (PathBuf::from(path), None));
-        let moved = survey.moved_roots.iter().map(|moved| (moved.path.clone(), Some(moved.told_by)));
-        let mut done: Vec<PathBuf> = Vec::new();
-        for (path, told_by) in known.chain(moved) {
-            if let Some((told_by, why)) = told_by.zip(elsewhere::why_never(&path)) {
-                return Err(PlanError::DataRoot { path, told_by, why });
-            }
-            // A mount of the user's at, above or below the place is his way of saying where the data goes.
-            let own = asked.iter().any(|mount| {
-                mount.destination() != Path::new("/")
-                    && (mount.destination().starts_with(&path) || path.starts_with(mount.destination()))
-            });
-            if own || done.iter().any(|root| path.starts_with(root)) {
-                continue;
-            }
-            let unusable = survey.unusable_roots.contains(&path);
-            if let Some(told_by) = told_by {
-                let link = || unusable.then_some("the image has a link or a file there, or on the way");
-                if let Some(why) = elsewhere::why_not(&path, DATA_ROOTS).or_else(link) {
-                    return Err(PlanError::DataRoot { path, told_by, why });
-                }
-            } else if unusable {
-                if matches!(survey.ground, Ground::Overlay(_)) {
-                    self.warnings.push(format!(
-                        "data root {}: the image has a link or a file there; an engine inside will find an overlay",
-                        path.display()
-                    ));
-                }
-                continue;
-            }
-            let overlay = matches!(survey.ground, Ground::Overlay(_));
-            if self.settings.common.data_root_volumes
-                || ((self.root.read_only || !survey.takes_overlays)
-                    && (overlay || survey.present_roots.contains(&path)))
-            {
-                self.volume(path.clone(), volumes);
-            } else if overlay {
-                let number = self.number();
-                self.done.mounts.push(mount(&path, "bind", self.stage.bind(number), &["bind"]));
-                self.done.layer_roots.push(LayerRoot { path: path.clone(), bind: number });
-            }
-            done.push(path);
-        }
-        Ok(())
-    }
-
-    fn volume(&mut self, path: PathBuf, volumes: &Path) {
-        let name = path.to_string_lossy().trim_start_matches('/').replace('/', "-");
-        let host = volumes.join(&name);
-        let number = self.number();
-        self.done.mounts.push(mount(&path, "bind", self.stage.bind(number), &["bind"]));
-        self.done.binds.push(Bind {
-            is_directory: true,
-            extent: Extent::Mount,
-            flags: Flags::default(),
-            shift: self.root.shift,
-            shift_extent: None,
-            map: None,
-            receives: Receives::Nothing,
-            source: host.clone(),
-            place: Place::Staged(number),
-        });
-        self.done.volumes.push(Volume { path, name, host });
     }
 
     fn hidden_paths(&mut self) {
