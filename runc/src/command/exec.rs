@@ -20,7 +20,7 @@ use crate::limits::{self, Raise};
 use crate::listener::{Giver, Relay};
 use crate::plan;
 use crate::sink::Sink;
-use crate::state::Status;
+use crate::state::{State, Status};
 use crate::subcgroup::SubCgroups;
 
 /// Returns the exit code for this process.
@@ -100,14 +100,7 @@ pub fn exec(call: &Call<'_>, args: &ExecArgs) -> Result<i32> {
         let follow = state.cgroup.follow(&init, Pid::from_raw(made.pid));
         follow.map_err(|e| LaunchError::Cgroup(e.to_string()))?;
         below.join(&state.cgroup, Pid::from_raw(made.pid)).map_err(|e| LaunchError::Cgroup(e.to_string()))?;
-        let asked = process.rlimits().as_deref().unwrap_or_default();
-        let limited = limits::apply(made.pid, asked, raise);
-        limited.and_then(|()| limits::schedule(made.pid, &process)).map_err(|e| step("set limits")(&e))?;
-        // The container's, whatever the process document says, as runc has it; not that of an engine's shim.
-        let score = state.process.oom_score_adj().map(limits::within_reach);
-        score
-            .map_or(Ok(()), |score| limits::oom_score(made.pid, score))
-            .map_err(|e| step("set the OOM score")(&e))
+        limit(made, &process, &state, raise)
     };
     let after_start = |made: Made| match relay.take() {
         Some(relay) => {
@@ -127,6 +120,18 @@ pub fn exec(call: &Call<'_>, args: &ExecArgs) -> Result<i32> {
     match attendance {
         Some(attendance) => attendance.until_end(started, terminal),
         None => Ok(0),
+    }
+}
+
+/// What is set from outside on a process that waits for its start.
+fn limit(made: Made, process: &Process, state: &State, raise: Raise) -> Result<(), LaunchError> {
+    let asked = process.rlimits().as_deref().unwrap_or_default();
+    let limited = limits::apply(made.pid, asked, raise);
+    limited.and_then(|()| limits::schedule(made.pid, process)).map_err(|e| step("set limits")(&e))?;
+    // The container's, whatever the process document says, as runc has it; not that of an engine's shim.
+    match state.process.oom_score_adj().map(limits::within_reach) {
+        Some(score) => limits::oom_score(made.pid, score).map_err(|e| step("set the OOM score")(&e)),
+        None => Ok(()),
     }
 }
 
