@@ -51,7 +51,8 @@ fn bring_tools(machine: &Container) {
 }
 
 /// Inner images of each store, and a container that has changed much.
-const FILL: &str = r#"set -e
+/// (mount(8) of util-linux 2.39 and later hands options over in pieces of 255 bytes, which the layers of an image are longer than.)
+const FILL: &str = r#"set -e; export LIBMOUNT_FORCE_MOUNT2=always
 mkdir /root/base
 tar -C /root/base -xf INNER
 python3 /inside.py base /root/base
@@ -82,7 +83,7 @@ umount /mnt/changed
 /// The manifest of what is mounted by a script on /mnt/look, which is an overlay that is not written to.
 fn manifest(machine: &Container, mount: &str) -> Vec<String> {
     let script = format!(
-        "set -e; mkdir -p /mnt/look; {mount}; python3 /inside.py manifest /mnt/look; umount /mnt/look"
+        "set -e; export LIBMOUNT_FORCE_MOUNT2=always; mkdir -p /mnt/look; {mount}; python3 /inside.py manifest /mnt/look; umount /mnt/look"
     );
     machine.sh(&script).lines().map(str::to_owned).collect()
 }
