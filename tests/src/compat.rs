@@ -116,7 +116,7 @@ pub fn record(section: &str, part: &str, version: &str, what: &str, outcome: Out
     let line = format!("{row}\n");
     let file = OpenOptions::new().create(true).append(true).open(&path);
     file.and_then(|mut file| file.write_all(line.as_bytes()))
-        .unwrap_or_else(|error| panic!("SYSBOX_COMPAT={}: {error}", path.display()));
+        .unwrap_or_else(|error| panic!("SYSBOX_COMPAT={path:?}: {error}"));
 }
 
 /// A message as any run would give it: without terminal colours, times and made-up names.

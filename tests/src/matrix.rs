@@ -141,9 +141,8 @@ fn judge(trial: &Trial, said: &Said) -> (Outcome, String) {
         None => {
             // The end of it has the cause, and what is said of a failure is on stderr.
             let says = |line: &&str| {
-                !line.trim().is_empty()
-                    && !line.contains("docker run --help")
-                    && !line.starts_with("expected [")
+                let beside = ["docker run --help", "level=warning", "expected ["];
+                !line.trim().is_empty() && !beside.iter().any(|beside| line.contains(beside))
             };
             let end = |text: &str| text.lines().rfind(says).map(str::to_owned);
             let last = end(&said.err)
@@ -174,7 +173,7 @@ pub fn try_all(parts: &[Part]) {
                     "",
                     "starts",
                     Outcome::Fails,
-                    why.lines().last().unwrap_or_default(),
+                    why.lines().find(|line| line.contains("err: ")).unwrap_or(&why).trim(),
                 );
                 faults.push(format!("{}: does not start: {why}", part.name));
             }

@@ -84,10 +84,10 @@ macro_rules! build {
         concat!(
             "mkdir -p b; cat >b/Dockerfile <<'END'
 FROM localhost/busybox
-RUN mkdir -p /d/sub && touch /d/old && echo someone:x:1000:1000::/:/bin/sh >>/etc/passwd
-RUN rm /etc/group && rm -rf /d && mkdir /d && echo new >/d/new && chown 1000:1000 /d/new
+RUN mkdir -p /d/sub && touch /d/old /gone && echo someone:x:1000:1000::/:/bin/sh >>/etc/passwd
+RUN rm /gone && rm -rf /d && mkdir /d && echo new >/d/new && chown 1000:1000 /d/new
 USER someone
-CMD ls /d; ls /etc/group 2>/dev/null || echo gone; stat -c %u /d/new; id -u
+CMD ls /d; ls /gone 2>/dev/null || echo gone; stat -c %u /d/new; id -u
 END
 ",
             $with,
