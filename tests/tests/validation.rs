@@ -2,6 +2,8 @@
 //! sysbox-runc in the same run, and ours may fail nothing that runc passes, but what stands here with its reason.
 //! runc itself fails some: their expectations are old, or want cgroup controllers that a host may lack.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
