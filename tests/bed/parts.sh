@@ -6,8 +6,10 @@
 PARTS_CACHE=${PARTS_CACHE:-/var/cache/sysbox/parts}
 RECIPE=1  # raise it with every change to how parts are built
 
-# name | module | package | cgo | tags
+# name | module | packages | cgo | tags. A part with a pattern of packages is a directory: all its programs, and the root file
+# systems that the module brings along for them.
 TABLE='
+validation | github.com/opencontainers/runtime-tools | github.com/opencontainers/runtime-tools/validation/... github.com/opencontainers/runtime-tools/cmd/runtimetest | 0 |
 runc | github.com/opencontainers/runc | github.com/opencontainers/runc | 1 | seccomp
 containerd | github.com/containerd/containerd/v2 | github.com/containerd/containerd/v2/cmd/containerd | 0 | no_btrfs,no_devmapper,no_zfs
 ctr | github.com/containerd/containerd/v2 | github.com/containerd/containerd/v2/cmd/ctr | 0 | no_btrfs,no_devmapper,no_zfs
@@ -27,10 +29,15 @@ build() { # NAME VERSION OUT
     PATH=$PATH:/usr/local/go/bin  # where Go's own archive goes, which shells often lack
     command -v go >/dev/null || die "no \`go\` on the PATH" "install a Go toolchain (1.24 or later)"
     scratch=$(mktemp -d)
+    local out=$3.new
+    rm -rf "$out"
+    case $package in *...*) mkdir "$out" && out=$out/ ;; esac
     say "building $1 $2 (once; kept in $PARTS_CACHE)"
+    # shellcheck disable=SC2086  # packages are words
     # A module of our own that requires the other: `go install` refuses modules with a `replace`.
     if ! (cd "$scratch" && printf 'module part\n\ngo 1.24\n\nrequire %s v%s\n' "$module" "$2" >go.mod &&
-        CGO_ENABLED=$cgo go build -mod=mod -trimpath -tags "$tags" -ldflags "-s -w" -o "$3.new" "$package" >log 2>&1); then
+        CGO_ENABLED=$cgo go build -mod=mod -trimpath -tags "$tags" -ldflags "-s -w" -o "$out" $package >log 2>&1 &&
+        { [ -f "$out" ] || cp "$(go list -mod=mod -m -f '{{.Dir}}' "$module")"/rootfs-*.tar.gz "$out"; }); then
         tail -n 20 "$scratch/log" >&2
         rm -rf "$scratch" "$3.new"
         die "$1 $2 could not be built"

@@ -1,5 +1,7 @@
 //! The six hooks: when they run, in which namespaces, what they are told, and what a failing one fails; beside runc.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
+
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
