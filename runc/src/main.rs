@@ -22,6 +22,7 @@ mod launch;
 mod limits;
 mod listener;
 mod log;
+mod machine;
 mod mirror;
 mod nested;
 mod oom;

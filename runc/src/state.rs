@@ -74,6 +74,9 @@ pub struct State {
     pub facts: HostFacts,
     #[serde(default)]
     pub settings: Settings,
+    /// Its init is systemd.
+    #[serde(default)]
+    pub systemd: bool,
     /// Who answers for the calls that the filter notifies of.
     #[serde(default)]
     pub agent: Option<Agent>,

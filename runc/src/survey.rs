@@ -10,6 +10,7 @@ use sysbox_ipc::mgr::{Ancestor, FileId};
 
 use crate::bundle::Bundle;
 use crate::elsewhere::{self, Moved};
+use crate::machine;
 
 /// The engine's overlay, as mountinfo tells it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -62,6 +63,10 @@ pub struct Survey {
     pub takes_overlays: bool,
     /// Host paths that exist, among those the plan may want: /dev/fuse, /sys/kernel/debug …
     pub present: Vec<&'static str>,
+    /// The first program is systemd, as the machine's init.
+    pub systemd: bool,
+    /// Modules and headers of the host's kernel for which the image has nothing.
+    pub kernel_trees: Vec<PathBuf>,
     /// CLOCK_BOOTTIME, in nanoseconds.
     pub boottime_ns: i64,
     /// Whether /sys/fs/cgroup is the unified hierarchy.
@@ -114,6 +119,12 @@ pub fn look(bundle: &Bundle) -> Result<Survey, SurveyError> {
         }),
         moved_roots,
         present: ASKED.iter().copied().filter(|path| Path::new(path).exists()).collect(),
+        systemd: bundle
+            .spec
+            .process()
+            .as_ref()
+            .is_some_and(|process| machine::is_systemd(&bundle.rootfs, process)),
+        kernel_trees: machine::kernel_trees(&bundle.rootfs),
         boottime_ns: boottime_ns(),
         cgroup_v2: magic_of(Path::new("/sys/fs/cgroup")) == CGROUP2_MAGIC,
     })

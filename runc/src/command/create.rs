@@ -122,7 +122,11 @@ fn attempt<'a>(
     let cgroup = locate(asked.as_deref(), &home.key.slug(), call.global.systemd_cgroup)?;
     cgroup.require_free()?;
     let carried = carried(&survey, &plan);
-    let mut state = State { carried, ..state_of(home, &bundle, &grant, cgroup, settings, agent)? };
+    let mut state = State {
+        carried,
+        systemd: settings.common.syscont_mode && survey.systemd,
+        ..state_of(home, &bundle, &grant, cgroup, settings, agent)?
+    };
     // From here on a `delete --force` after our death finds what to take away.
     home.save(&state)?;
     tracing::debug!(cgroup = ?state.cgroup, filtered = filter.is_some(), "planned");
@@ -335,6 +339,7 @@ fn state_of(
         id_map: grant.id_map.clone(),
         facts: grant.facts.clone(),
         settings,
+        systemd: false,
         agent,
         cgroup,
         creator: sysbox_sys::process::myself()?,

@@ -47,6 +47,9 @@ pub fn exec(call: &Call<'_>, args: &ExecArgs) -> Result<i32> {
     }
     let mut env = process.env().clone().unwrap_or_default();
     let settings = state.settings.take_from(&mut env)?;
+    if state.systemd {
+        plan::name_container(&mut env);
+    }
     process.set_env(Some(env));
     let entry = plan::entry(&process, &state.id_map, &state.facts, &settings)?;
     entry.apparmor.as_deref().map(crate::survey::require_profile).transpose()?;

@@ -27,7 +27,7 @@ pub use claims::{Wanted, wanted};
 pub use devices::Node;
 pub use mounts::{Bind, Extent, Place, Receives, Shift, Target, TargetKind};
 pub use options::{Atime, Attributes};
-pub use process::{Entry, entry, for_libcontainer};
+pub use process::{Entry, entry, for_libcontainer, name_container};
 pub use settings::{SettingError, Settings};
 
 /// Where the plan will be carried out: paths in the runtime's private mount namespace.
@@ -219,7 +219,10 @@ pub fn plan(
     let mounted = mounts::plan(bundle, survey, grant, stage, prepared, root, settings, &mut warnings)?;
     let nodes = devices::plan(&spec, survey, map, settings.common.syscont_mode)?;
     let process = spec.process().clone().unwrap_or_default();
-    let entry = process::entry(&process, map, &grant.facts, settings)?;
+    let mut entry = process::entry(&process, map, &grant.facts, settings)?;
+    if settings.common.syscont_mode && survey.systemd {
+        process::name_container(&mut entry.env);
+    }
 
     let mut linux = spec.linux().clone().unwrap_or_default();
     linux.set_namespaces(Some(namespaces(&linux, grant)));

@@ -12,7 +12,7 @@ use sysbox_ipc::IdMap;
 use sysbox_ipc::fs::Prepared;
 use sysbox_ipc::mgr::{DATA_ROOTS, Grant};
 
-use super::options::{Flags, MountMap, flags, own_map, refuse, shift_extent};
+use super::options::{Attributes, Flags, MountMap, flags, own_map, refuse, shift_extent};
 use super::{LayerRoot, PlanError, Root, Settings, Stage, Volume};
 use crate::bundle::Bundle;
 use crate::elsewhere;
@@ -118,6 +118,9 @@ const PROC_FILES: &[&str] = &[
 const UNMASKED: &[&str] =
     &["/proc", "/proc/sys", "/proc/kcore", "/proc/kallsyms", "/proc/kmsg", "/sys", "/sys/fs/cgroup"];
 
+/// … and that systemd needs besides.
+const UNMASKED_SYSTEMD: &[&str] = &["/run", "/run/lock", "/tmp", "/sys/kernel"];
+
 /// Where nested user namespaces find a procfs and a sysfs that nothing is mounted over: the kernel allows them to mount
 /// their own only then (mount_too_revealing in fs/namespace.c). Engines inside list /dev for `--privileged`, and would stumble over
 /// processes that end meanwhile; directories of this name they leave out, as LXC has its own there (libcontainer/devices of runc,
@@ -149,7 +152,11 @@ pub(super) fn plan(
     settings: &Settings,
     warnings: &mut Vec<String>,
 ) -> Result<Mounted, PlanError> {
-    let asked: Vec<Mount> = bundle.spec.mounts().iter().flatten().cloned().map(normal).collect();
+    let mut asked: Vec<Mount> = bundle.spec.mounts().iter().flatten().cloned().map(normal).collect();
+    let theirs = asked.len();
+    if settings.common.syscont_mode {
+        asked.extend(writable(&asked, survey.systemd, root.read_only));
+    }
     let map = &grant.id_map;
     let mut planner =
         Planner { bundle, survey, map, stage, root, settings, warnings, done: Mounted::default(), staged: 0 };
@@ -159,8 +166,9 @@ pub(super) fn plan(
         planner.done.mounts.push(mount("/dev", "tmpfs", "tmpfs", &options));
     }
     let locked = locked_binds(&asked);
-    for (at, mount) in asked.iter().enumerate() {
-        planner.spec_mount(at, mount, locked.contains(&at))?;
+    // Ours lie below what the user has put there.
+    for at in (theirs..asked.len()).chain(0..theirs) {
+        planner.spec_mount(at, &asked[at], locked.contains(&at))?;
     }
     planner.machine_mounts(&asked, prepared);
     planner.data_roots(&asked, &grant.volumes)?;
@@ -245,6 +253,29 @@ fn mount(destination: impl Into<PathBuf>, typ: &str, source: impl Into<PathBuf>,
         .options(options)
         .build()
         .expect("a mount with destination, type, source and options is complete")
+}
+
+/// Where a machine's programs write, whatever holds its root: as systemd would mount them, and for a read-only root.
+fn writable(asked: &[Mount], systemd: bool, read_only: bool) -> Vec<Mount> {
+    const ALL: &[(&str, bool, bool, &[&str])] = &[
+        // The path, whether systemd wants it, whether a read-only root needs it, its options.
+        ("/run", true, true, &["rw", "nosuid", "nodev", "mode=755", "size=64m"]),
+        ("/run/lock", true, false, &["rw", "noexec", "nosuid", "nodev", "mode=1777", "size=4m"]),
+        ("/tmp", false, true, &["rw", "nosuid", "nodev", "mode=1777", "size=64m"]),
+    ];
+    // The user's own at the place, or above it, is his way of saying what is there.
+    let free = |path: &str| {
+        let over = |mount: &Mount| {
+            mount.destination() != Path::new("/") && Path::new(path).starts_with(mount.destination())
+        };
+        !asked.iter().any(over)
+    };
+    ALL.iter()
+        .filter(|(path, of_systemd, of_read_only, _)| {
+            ((systemd && *of_systemd) || (read_only && *of_read_only)) && free(path)
+        })
+        .map(|(path, _, _, options)| mount(*path, "tmpfs", "tmpfs", options))
+        .collect()
 }
 
 fn receives(asked: &Mount) -> Receives {
@@ -410,9 +441,7 @@ impl Planner<'_> {
         if !self.machine() {
             return;
         }
-        if self.root.read_only {
-            self.must_be_writable(&taken);
-        }
+        self.kernel_trees(asked);
         // systemd mounts these, and fails where it may not; a tmpfs of ours satisfies it.
         for path in ["/sys/kernel/debug", "/sys/kernel/tracing", "/sys/kernel/config"] {
             if self.survey.present.contains(&path) && !taken(path) {
@@ -428,13 +457,29 @@ impl Planner<'_> {
         self.done.mounts.push(mount(PRISTINE_SYS, "sysfs", "sysfs", &NO));
     }
 
-    /// Where a machine's programs write, whatever holds its root.
-    fn must_be_writable(&mut self, taken: &dyn Fn(&str) -> bool) {
-        for (path, mode) in [("/run", "mode=755"), ("/tmp", "mode=1777")] {
-            if !taken(path) {
-                let options = [NO.as_slice(), &["rw", mode, "size=64m"]].concat();
-                self.done.mounts.push(mount(path, "tmpfs", "tmpfs", &options));
-            }
+    /// Read-only, where the user has nothing of his own at the place or above it.
+    fn kernel_trees(&mut self, asked: &[Mount]) {
+        let top = Attributes { read_only: true, nosuid: true, nodev: true, ..Attributes::default() };
+        let free = |path: &&PathBuf| {
+            let over = |mount: &Mount| {
+                mount.destination() != Path::new("/") && path.starts_with(mount.destination())
+            };
+            !asked.iter().any(over)
+        };
+        for path in self.survey.kernel_trees.iter().filter(free) {
+            let number = self.number();
+            self.done.mounts.push(mount(path, "bind", self.stage.bind(number), &["bind"]));
+            self.done.binds.push(Bind {
+                source: path.clone(),
+                is_directory: true,
+                extent: Extent::Mount,
+                flags: Flags { top, ..Flags::default() },
+                shift: Shift::Try,
+                shift_extent: None,
+                map: None,
+                receives: Receives::Nothing,
+                place: Place::Staged(number),
+            });
         }
     }
 
@@ -513,7 +558,10 @@ impl Planner<'_> {
         let Some(linux) = self.bundle.spec.linux() else { return };
         let of_kernel = |path: &str| ["/proc", "/sys"].iter().any(|top| Path::new(path).starts_with(top));
         let machine = self.machine();
-        let kept = |path: &&String| !machine || !UNMASKED.contains(&path.as_str());
+        let wanted = |path: &str| {
+            UNMASKED.contains(&path) || (self.survey.systemd && UNMASKED_SYSTEMD.contains(&path))
+        };
+        let kept = |path: &&String| !machine || !wanted(path);
         for path in linux.masked_paths().iter().flatten().filter(kept) {
             if of_kernel(path) {
                 self.done.masked.push(path.clone());

@@ -118,6 +118,13 @@ pub fn entry(
     })
 }
 
+/// By this systemd knows what it runs in (systemd.unit(5), `ConditionVirtualization=`). What the image says counts.
+pub fn name_container(env: &mut Vec<String>) {
+    if !env.iter().any(|pair| pair.starts_with("container=")) {
+        env.push("container=private-users".to_owned());
+    }
+}
+
 /// What no terminal can have is none.
 fn console_size(process: &Process) -> Option<(u16, u16)> {
     let size = process.console_size().filter(|_| process.terminal().unwrap_or(false))?;

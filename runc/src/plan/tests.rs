@@ -52,6 +52,8 @@ fn planned_on(spec: Spec, change: impl FnOnce(&mut Survey)) -> Result<Plan, Plan
         present_roots: vec![],
         takes_overlays: true,
         present: vec!["/dev/fuse", "/sys/kernel/debug"],
+        systemd: false,
+        kernel_trees: vec![],
         boottime_ns: 12_345_000_000_000,
         cgroup_v2: false,
     };
