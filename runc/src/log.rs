@@ -116,7 +116,10 @@ impl<S: tracing::Subscriber> Layer<S> for Told {
         let mut words = Words::default();
         event.record(&mut words);
         // Whatever an event thinks of itself: engines take the last `error` for the outcome, and that is `Log::error`'s.
-        let level = if *event.metadata().level() == tracing::Level::INFO { "info" } else { "debug" };
+        let (level, target) = (*event.metadata().level(), event.metadata().target());
+        // Ours is for the user; that of libraries is as much as their debugging.
+        let ours = target.starts_with("sysbox_runc") && level == tracing::Level::INFO;
+        let level = if ours { "info" } else { "debug" };
         let line = line(self.format, level, &words.message, &words.fields);
         let _full = match self.file.as_ref() {
             Some(mut file) => file.write_all(line.as_bytes()),

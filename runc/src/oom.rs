@@ -10,7 +10,7 @@ pub fn is_to_be_off(resources: &LinuxResources) -> bool {
 
 /// An update that says nothing of it is to leave it as it is in `cgroup`; libcgroups would turn the killer on.
 pub fn keep(resources: &mut LinuxResources, cgroup: &Path) {
-    let Some(mut memory) = resources.memory().clone().filter(|m| m.disable_oom_killer().is_none()) else {
+    let Some(mut memory) = resources.memory().filter(|m| m.disable_oom_killer().is_none()) else {
         return;
     };
     let control = std::fs::read_to_string(cgroup.join("memory.oom_control")).unwrap_or_default();

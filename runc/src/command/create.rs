@@ -70,6 +70,7 @@ fn attempt<'a>(
     require_terminal_fits(terminal, detach == Detach::Yes, args.console_socket.is_some())?;
     let listen = std::env::var("LISTEN_FDS").ok().and_then(|text| text.parse().ok()).unwrap_or(0);
     require_preserved(listen, args.preserve_fds)?;
+    tell_unknown(call, &bundle);
     if home.dir.exists() {
         return Err(StateError::Exists { id: home.key.id.clone() }.into());
     }
@@ -154,6 +155,15 @@ fn attempt<'a>(
             }
             Err(give_up(call, staged, error))
         }
+    }
+}
+
+fn tell_unknown(call: &Call<'_>, bundle: &Bundle) {
+    if !bundle.unknown.is_empty() {
+        call.log.warn(&format!(
+            "config.json: ignored, as the specification does not know it: {}",
+            bundle.unknown.join(", ")
+        ));
     }
 }
 

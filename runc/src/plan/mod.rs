@@ -5,6 +5,7 @@ mod claims;
 mod devices;
 mod mounts;
 mod options;
+mod places;
 mod process;
 mod profile;
 mod resources;

@@ -13,6 +13,7 @@ use sysbox_ipc::fs::Prepared;
 use sysbox_ipc::mgr::Grant;
 
 use super::options::{Attributes, Flags, MountMap, flags, own_map, refuse, shift_extent};
+use super::places::writable;
 use super::{LayerRoot, PlanError, Root, Settings, Stage, Volume};
 use crate::bundle::Bundle;
 use crate::survey::{OVERLAY_MAGIC, Source, Survey, is_bind, source_path};
@@ -245,7 +246,12 @@ fn locked_binds(mounts: &[Mount]) -> Vec<usize> {
     locked
 }
 
-fn mount(destination: impl Into<PathBuf>, typ: &str, source: impl Into<PathBuf>, options: &[&str]) -> Mount {
+pub(super) fn mount(
+    destination: impl Into<PathBuf>,
+    typ: &str,
+    source: impl Into<PathBuf>,
+    options: &[&str],
+) -> Mount {
     let options: Vec<String> = options.iter().map(|option| (*option).to_owned()).collect();
     MountBuilder::default()
         .destination(destination)
@@ -254,29 +260,6 @@ fn mount(destination: impl Into<PathBuf>, typ: &str, source: impl Into<PathBuf>,
         .options(options)
         .build()
         .expect("a mount with destination, type, source and options is complete")
-}
-
-/// Where a machine's programs write, whatever holds its root: as systemd would mount them, and for a read-only root.
-fn writable(asked: &[Mount], systemd: bool, read_only: bool) -> Vec<Mount> {
-    const ALL: &[(&str, bool, bool, &[&str])] = &[
-        // The path, whether systemd wants it, whether a read-only root needs it, its options.
-        ("/run", true, true, &["rw", "nosuid", "nodev", "mode=755", "size=64m"]),
-        ("/run/lock", true, false, &["rw", "noexec", "nosuid", "nodev", "mode=1777", "size=4m"]),
-        ("/tmp", false, true, &["rw", "nosuid", "nodev", "mode=1777", "size=64m"]),
-    ];
-    // The user's own at the place, or above it, is his way of saying what is there.
-    let free = |path: &str| {
-        let over = |mount: &Mount| {
-            mount.destination() != Path::new("/") && Path::new(path).starts_with(mount.destination())
-        };
-        !asked.iter().any(over)
-    };
-    ALL.iter()
-        .filter(|(path, of_systemd, of_read_only, _)| {
-            ((systemd && *of_systemd) || (read_only && *of_read_only)) && free(path)
-        })
-        .map(|(path, _, _, options)| mount(*path, "tmpfs", "tmpfs", options))
-        .collect()
 }
 
 fn receives(asked: &Mount) -> Receives {

@@ -44,8 +44,10 @@ pub struct Flags {
     pub cleared: Attributes,
 }
 
+type Change = fn(&mut Attributes, bool);
+
 /// An option that is a flag, and the one that takes it back. With an `r` before it, it holds for the whole tree.
-const FLAGS: &[(&str, &str, fn(&mut Attributes, bool))] = &[
+const FLAGS: &[(&str, &str, Change)] = &[
     ("ro", "rw", |a, on| a.read_only = on),
     ("nosuid", "suid", |a, on| a.nosuid = on),
     ("nodev", "dev", |a, on| a.nodev = on),

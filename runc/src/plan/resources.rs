@@ -27,7 +27,7 @@ pub(super) fn fit(
     if unified && classes {
         return refuse("network", "cgroups of version 2 have no network classes");
     }
-    if let Some(mut memory) = resources.memory().clone() {
+    if let Some(mut memory) = *resources.memory() {
         // Obsolete: runc takes no notice either.
         memory.set_kernel(None).set_kernel_tcp(None);
         let mut ignore = |asked: bool, name: &str| {
