@@ -240,6 +240,7 @@ mod tests {
                 bundle: PathBuf::from("/b"),
                 rootfs: Rootfs::Directory { path: PathBuf::from("/r") },
                 netns: None,
+                users: None,
                 claims: vec![],
                 phase,
             };

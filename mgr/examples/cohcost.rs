@@ -46,6 +46,7 @@ fn main() {
             rootfs: Rootfs::Overlay { merged: bed.path("id/merged"), upper: bed.path("id/diff") },
             id_map: None,
             netns: None,
+            users: None,
             claims: vec![],
         };
         assert!(matches!(ask(Request::Register(Box::new(register))), Reply::Granted(_)));

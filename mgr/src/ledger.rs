@@ -83,6 +83,20 @@ pub struct Ledger {
     foreign: Vec<Foreign>,
 }
 
+/// The namespaces by which two containers may have ids in common.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Common {
+    pub netns: Option<FileId>,
+    pub users: Option<FileId>,
+}
+
+impl Common {
+    fn is_shared_by(self, other: &Record) -> bool {
+        let same = |one: Option<FileId>, two| one.is_some() && one == two;
+        same(self.netns, other.netns) || same(self.users, other.users)
+    }
+}
+
 impl Ledger {
     /// An empty ledger over `pool`. Containers in `host_netns` have their own user namespaces all the same.
     pub fn new(pool: IdRange, host_netns: Option<FileId>) -> Self {
@@ -140,6 +154,7 @@ impl Ledger {
 
         let mut warnings = Vec::new();
         let partner = self.partner(request, alive);
+        let theirs = partner.and_then(|(record, _)| record.users);
         let (id_map, allocated, share_with) = match (&request.id_map, partner) {
             (Some(own), partner) => {
                 warnings.extend(self.judge_own_map(request, own, partner));
@@ -152,6 +167,7 @@ impl Ledger {
                 (kept.map_or_else(|| self.new_map(request, alive), Ok)?, true, None)
             }
         };
+        let users = theirs.filter(|_| share_with.is_some());
         let record = Record {
             version: RECORD_VERSION,
             key: request.key.clone(),
@@ -161,6 +177,7 @@ impl Ledger {
             bundle: request.bundle.clone(),
             rootfs: request.rootfs.clone(),
             netns: request.netns,
+            users,
             claims: request.claims.clone(),
             phase: Phase::Creating { runtime: request.runtime },
         };
@@ -168,7 +185,7 @@ impl Ledger {
         Ok(Registered { record, share_with, same_rootfs, warnings })
     }
 
-    /// The record of a container whose init exists, in the network namespace `netns`.
+    /// The record of a container whose init exists, in the namespaces `seen`.
     ///
     /// # Errors
     /// `NotFound` if nobody registered it, `Exists` if another init runs under this name.
@@ -176,18 +193,17 @@ impl Ledger {
         &self,
         key: &ContainerKey,
         init: Process,
-        netns: Option<FileId>,
+        seen: Common,
         alive: &dyn Fn(Process) -> bool,
     ) -> Result<Record, Refusal> {
         let refuse = |kind, why: &str| Err(Refusal::new(kind, format!("start container `{key}`: {why}")));
         let Some(record) = self.records.get(key) else {
             return refuse(RefusalKind::NotFound, "it is not registered");
         };
+        let common = Common { netns: record.netns.or(seen.netns), users: seen.users.or(record.users) };
         match record.phase {
             // Its runtime ended before this message was read, and the container whose ids it shared has taken them back.
-            Phase::Creating { runtime }
-                if !alive(runtime) && self.is_used_apart(record, record.netns.or(netns), alive) =>
-            {
+            Phase::Creating { runtime } if !alive(runtime) && self.is_used_apart(record, common, alive) => {
                 return refuse(RefusalKind::NotFound, "its registration is over, and others have its ids");
             }
             Phase::Creating { .. } => {}
@@ -202,7 +218,8 @@ impl Ledger {
                 return refuse(RefusalKind::NotFound, "its registration is over");
             }
         }
-        Ok(Record { netns: record.netns.or(netns), phase: Phase::Running { init }, ..record.clone() })
+        let Common { netns, users } = common;
+        Ok(Record { netns, users, phase: Phase::Running { init }, ..record.clone() })
     }
 
     pub fn release(&self, key: &ContainerKey, seen: Seen) -> Release {
@@ -250,16 +267,18 @@ impl Ledger {
         others.filter(on_it).find(|record| is_live(record, alive)).map(|record| record.key.clone())
     }
 
-    /// The running container whose network namespace is joined.
+    /// The running container whose network namespace is joined, or else one whose user namespace owns what is joined.
     fn partner(&self, request: &Register, alive: &dyn Fn(Process) -> bool) -> Option<(&Record, Process)> {
-        let netns = request.netns.filter(|netns| Some(*netns) != self.host_netns)?;
-        self.records
-            .values()
-            .filter(|record| record.key != request.key && record.netns == Some(netns))
-            .find_map(|record| match record.phase {
+        let netns = request.netns.filter(|netns| Some(*netns) != self.host_netns);
+        let find = |wanted: Common| {
+            let others = self.records.values().filter(|record| record.key != request.key);
+            others.filter(|record| wanted.is_shared_by(record)).find_map(|record| match record.phase {
                 Phase::Running { init } if alive(init) => Some((record, init)),
                 _ => None,
             })
+        };
+        let by_network = find(Common { netns, users: None });
+        by_network.or_else(|| find(Common { netns: None, users: request.users }))
     }
 
     fn judge_own_map(
@@ -288,16 +307,15 @@ impl Ledger {
     fn kept_map(&self, record: &Record, alive: &dyn Fn(Process) -> bool) -> Option<IdMap> {
         let inside = ranges(&record.id_map)
             .all(|range| self.pool.contains(range.start) && range.end() <= self.pool.end());
-        (record.allocated && inside && !self.is_used_apart(record, None, alive))
+        (record.allocated && inside && !self.is_used_apart(record, Common::default(), alive))
             .then(|| record.id_map.clone())
     }
 
-    /// Whether a live container has ids of this record without sharing the network namespace `netns` with it.
-    fn is_used_apart(&self, record: &Record, netns: Option<FileId>, alive: &dyn Fn(Process) -> bool) -> bool {
-        let shares = |other: &Record| netns.is_some() && other.netns == netns;
+    /// Whether a live container has ids of this record without sharing a namespace with it that is in `common`.
+    fn is_used_apart(&self, record: &Record, common: Common, alive: &dyn Fn(Process) -> bool) -> bool {
         self.records
             .values()
-            .filter(|other| other.key != record.key && is_live(other, alive) && !shares(other))
+            .filter(|other| other.key != record.key && is_live(other, alive) && !common.is_shared_by(other))
             .any(|other| overlap(&other.id_map, &record.id_map))
     }
 

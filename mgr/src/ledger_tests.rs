@@ -34,6 +34,7 @@ fn request(id: &str, runtime: i32) -> Register {
         rootfs: overlay(id),
         id_map: None,
         netns: None,
+        users: None,
         claims: vec![],
     }
 }
@@ -56,7 +57,7 @@ fn add(ledger: &mut Ledger, request: &Register) -> Registered {
 }
 
 fn start(ledger: &mut Ledger, id: &str, init: i32, netns: Option<FileId>) {
-    let record = ledger.started(&key(id), process(init), netns, ALL).unwrap();
+    let record = ledger.started(&key(id), process(init), Common { netns, users: None }, ALL).unwrap();
     ledger.commit(record);
 }
 
@@ -135,6 +136,28 @@ fn joiners_of_a_network_namespace_share_ids_but_not_slots() {
     assert_ne!(base(&add(&mut ledger, &request("owner", 12))), base(&owner));
 }
 
+#[test]
+fn who_joins_a_namespace_of_another_container_shares_its_ids_until_that_one_ends() {
+    let users = Some(FileId { dev: 4, ino: 70 });
+    let mut ledger = ledger();
+    let owner = add(&mut ledger, &request("owner", 10));
+    let init = Common { netns: netns(5), users };
+    let started = ledger.started(&key("owner"), process(20), init, ALL).unwrap();
+    ledger.commit(started);
+    // Of its own network, as with `docker run --pid container:owner`.
+    let join = Register { users, ..request("joiner", 11) };
+    let joined = add(&mut ledger, &join);
+    assert_eq!((joined.share_with, base(&joined)), (Some(process(20)), base(&owner)));
+    let init = Common { netns: netns(6), users };
+    let started = ledger.started(&key("joiner"), process(21), init, ALL).unwrap();
+    ledger.commit(started);
+    let stranger = Register { users: Some(FileId { dev: 4, ino: 71 }), ..request("stranger", 12) };
+    assert_eq!(ledger.register(&stranger, ALL).unwrap().share_with, None);
+    // The owner comes back in a user namespace of its own, while the joiner runs with those ids.
+    ledger.commit(Record { phase: Phase::Stopped, ..ledger.get(&key("owner")).unwrap().clone() });
+    assert_ne!(base(&ledger.register(&request("owner", 13), ALL).unwrap()), base(&owner));
+}
+
 /// Found by the property below: ids that a joiner was given, its runtime's death, and a late word from it.
 #[test]
 fn a_late_start_does_not_take_ids_that_their_owner_has_taken_back() {
@@ -145,7 +168,8 @@ fn a_late_start_does_not_take_ids_that_their_owner_has_taken_back() {
     // Both the owner's init and the joiner's runtime die; the owner comes back.
     let again = ledger.register(&request("owner", 12), &|p| p.pid == 12).unwrap();
     ledger.commit(again.record);
-    let late = ledger.started(&key("joiner"), process(21), netns(5), &|p| p.pid == 12);
+    let late = ledger
+        .started(&key("joiner"), process(21), Common { netns: netns(5), users: None }, &|p| p.pid == 12);
     assert_eq!(late.unwrap_err().kind, RefusalKind::NotFound);
 }
 
@@ -215,7 +239,7 @@ fn relative_paths_are_refused() {
 fn only_the_registered_start() {
     let mut ledger = ledger();
     let kind = |ledger: &Ledger, init, alive| {
-        ledger.started(&key("a"), process(init), None, alive).map_err(|r| r.kind)
+        ledger.started(&key("a"), process(init), Common::default(), alive).map_err(|r| r.kind)
     };
     assert_eq!(kind(&ledger, 5, ALL), Err(RefusalKind::NotFound));
     add(&mut ledger, &request("a", 1));
@@ -351,7 +375,7 @@ proptest! {
                 Step::Started { who } => {
                     let init = host.borrow_mut().spawn();
                     let own = FileId { dev: 4, ino: 1000 + u64::try_from(init.pid).unwrap() };
-                    if let Ok(record) = ledger.started(&key(&name(who)), init, Some(own), &alive) {
+                    if let Ok(record) = ledger.started(&key(&name(who)), init, Common { netns: Some(own), users: None }, &alive) {
                         host.borrow_mut().netns.insert(who, record.netns.unwrap());
                         ledger.commit(record);
                     }

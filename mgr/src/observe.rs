@@ -15,7 +15,7 @@ use sysbox_sys::SysError;
 use sysbox_sys::error::Named;
 use sysbox_sys::process::is_alive;
 
-use crate::ledger::{Layer, Seen, process_of};
+use crate::ledger::{Common, Layer, Seen, process_of};
 
 pub fn seen(record: &Record) -> Seen {
     Seen {
@@ -40,9 +40,10 @@ pub fn layer(rootfs: &Rootfs) -> Layer {
     }
 }
 
-/// The network namespace of a process; `None` if it is gone.
-pub fn netns_of(pid: i32) -> Option<FileId> {
-    file_id(&format!("/proc/{pid}/ns/net"))
+/// The namespaces of a process by which containers may have ids in common; `None` where it is gone.
+pub fn common_of(pid: i32) -> Common {
+    let of = |name| file_id(&format!("/proc/{pid}/ns/{name}"));
+    Common { netns: of("net"), users: of("user") }
 }
 
 /// The root directory of a process, if the file system there is an overlay. Asks the kernel's tables only: a container may

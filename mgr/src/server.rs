@@ -265,8 +265,7 @@ impl Server {
     }
 
     fn started(&mut self, key: &ContainerKey, init: Process) -> Result<(), Refusal> {
-        let netns = observe::netns_of(init.pid);
-        let record = self.ledger.started(key, init, netns, &is_alive)?;
+        let record = self.ledger.started(key, init, observe::common_of(init.pid), &is_alive)?;
         let runs = self.watch.process(key, init);
         self.put(record.clone())?;
         info!(container = %key, pid = init.pid, "started");

@@ -269,6 +269,7 @@ mod tests {
             bundle: "/b".into(),
             rootfs: Rootfs::Directory { path: "/r".into() },
             netns: None,
+            users: None,
             claims: vec![],
             phase: Phase::Stopped,
         }

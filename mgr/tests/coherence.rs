@@ -157,6 +157,7 @@ fn the_daemon_keeps_both_alike_over_its_own_death() {
         rootfs: Rootfs::Overlay { merged: bed.path("id/merged"), upper: bed.path("id/diff") },
         id_map: None,
         netns: None,
+        users: None,
         claims: vec![],
     };
     assert!(matches!(ask(Request::Register(Box::new(register))), Reply::Granted(_)));

@@ -131,6 +131,7 @@ pub(crate) fn record(id: &str, slot: u32, init: Process) -> Record {
         bundle: PathBuf::from("/bundle"),
         rootfs: Rootfs::Directory { path: PathBuf::from("/rootfs") },
         netns: None,
+        users: None,
         claims: Vec::new(),
         phase: Phase::Running { init },
     }

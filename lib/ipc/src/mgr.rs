@@ -143,6 +143,9 @@ pub struct Register {
     pub id_map: Option<IdMap>,
     /// The network namespace the container joins. Containers that share one share their user namespace.
     pub netns: Option<FileId>,
+    /// The user namespace of the namespaces that it joins, where that is not the host's: it becomes the container's own.
+    #[serde(default)]
+    pub users: Option<FileId>,
     /// The user's own directories on data roots.
     pub claims: Vec<Claim>,
 }
@@ -251,6 +254,9 @@ pub struct Record {
     pub bundle: PathBuf,
     pub rootfs: Rootfs,
     pub netns: Option<FileId>,
+    /// Its user namespace, as far as it is known.
+    #[serde(default)]
+    pub users: Option<FileId>,
     pub claims: Vec<Claim>,
     pub phase: Phase,
 }

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::sys::wait::waitpid;
@@ -80,6 +80,19 @@ fn write_map(pid: Pid, file: &str, lines: &[IdMapLine]) -> Result<()> {
     let text = map_text(lines);
     let write = || File::options().write(true).open(&path)?.write_all(text.as_bytes());
     write().named(|| format!("write({path}, {:?})", text.trim_end()))
+}
+
+/// The user namespace that a namespace belongs to (ioctl_nsfs(2), `NS_GET_USERNS`).
+///
+/// # Errors
+/// `EPERM` for one above the caller's own, `ENOTTY` for what is no namespace.
+pub fn owner_of(namespace: BorrowedFd<'_>) -> Result<OwnedFd> {
+    const NS_GET_USERNS: libc::Ioctl = 0xb701;
+    // SAFETY: it takes no argument and writes to nothing of ours.
+    let fd = unsafe { libc::ioctl(namespace.as_raw_fd(), NS_GET_USERNS) };
+    let fd = Errno::result(fd).named(|| "ioctl(NS_GET_USERNS)".to_owned())?;
+    // SAFETY: the kernel has made this descriptor for us (close-on-exec), and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 const STACK: usize = 16 * 1024;

@@ -121,6 +121,7 @@ impl Bed {
             rootfs,
             id_map: None,
             netns: None,
+            users: None,
             claims: vec![],
         }
     }

@@ -12,6 +12,7 @@ use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
 use sysbox_ipc::mgr::{Claim, Defaults, FileId, Grant, Process, Register, Rootfs};
 use sysbox_sys::path::proc_path;
 use sysbox_sys::process::Held;
+use sysbox_sys::userns;
 
 use super::{Call, require_preserved, require_terminal_fits, send_pidfd, write_pid_file};
 use crate::apply::{self, Staged};
@@ -289,6 +290,7 @@ fn register(
         },
         id_map,
         netns: given.network()?,
+        users: given.users()?,
         claims: claims(bundle, survey),
     })
 }
@@ -352,12 +354,21 @@ fn state_of(
 
 /// The namespaces that the spec gives by path, opened once: what was judged is what is joined, though the path may go
 /// through a pid that is another's by then.
-struct Given(Vec<(LinuxNamespaceType, OwnedFd)>);
+struct Given(Vec<GivenNamespace>);
+
+struct GivenNamespace {
+    typ: LinuxNamespaceType,
+    file: OwnedFd,
+    /// The user namespace that it belongs to; `None` for the host's.
+    owner: Option<FileId>,
+}
 
 impl Given {
     fn open(spec: &Spec) -> Result<Self> {
         let mut all = Vec::new();
         let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_deref());
+        let host = std::fs::File::open("/proc/self/ns/user").context("our own namespace")?;
+        let host = identity(&host.into())?;
         for namespace in namespaces.unwrap_or_default() {
             let Some(path) = namespace.path() else { continue };
             let typ = namespace.typ().to_string();
@@ -375,14 +386,27 @@ impl Given {
                 }
                 bail!("/linux/namespaces: sysbox containers can't share namespaces {{{typ}}} with the host");
             }
-            all.push((namespace.typ(), file));
+            let owner = userns::owner_of(file.as_fd());
+            let owner = owner.with_context(|| format!("namespace {}", path.display()))?;
+            let owner = Some(identity(&owner)?).filter(|owner| *owner != host);
+            all.push(GivenNamespace { typ: namespace.typ(), file, owner });
         }
         Ok(Self(all))
     }
 
     fn network(&self) -> Result<Option<FileId>> {
-        let network = self.0.iter().find(|(typ, _)| *typ == LinuxNamespaceType::Network);
-        network.map(|(_, file)| identity(file)).transpose()
+        let network = self.0.iter().find(|given| given.typ == LinuxNamespaceType::Network);
+        network.map(|given| identity(&given.file)).transpose()
+    }
+
+    /// The user namespace that they belong to, if that is not the host's.
+    fn users(&self) -> Result<Option<FileId>> {
+        let mut owners = self.0.iter().filter_map(|given| given.owner);
+        let first = owners.next();
+        if owners.any(|owner| Some(owner) != first) {
+            bail!("/linux/namespaces: those given by path belong to containers with different ids");
+        }
+        Ok(first)
     }
 
     /// Those of another user namespace: the container's root may not enter them, so this process does, and its children
@@ -395,22 +419,25 @@ impl Given {
         if let Some(process) = grant.share_with {
             partner = Held::open(process)
                 .and_then(|held| held.namespaces(&["user"]))
-                .context("join the user namespace of the container whose network is shared")?;
+                .context("join the user namespace of the container whose namespaces are shared")?;
         }
-        for (typ, file) in &self.0 {
-            let flag = match typ {
-                LinuxNamespaceType::Network => Some(CloneFlags::CLONE_NEWNET),
-                LinuxNamespaceType::Ipc => Some(CloneFlags::CLONE_NEWIPC),
-                LinuxNamespaceType::Uts => Some(CloneFlags::CLONE_NEWUTS),
-                _ => None,
-            };
-            match flag.filter(|_| grant.share_with.is_none()) {
-                Some(flag) => {
-                    setns(file, flag).with_context(|| format!("join the given {typ} namespace"))?;
-                    namespaces.retain(|namespace| namespace.typ() != *typ);
-                }
-                None => name(&mut namespaces, *typ, file),
+        let theirs = partner.first().map(identity).transpose()?;
+        for GivenNamespace { typ, file, owner } in &self.0 {
+            if owner.is_some() && *owner == theirs {
+                name(&mut namespaces, *typ, file);
+                continue;
             }
+            let flag = match typ {
+                LinuxNamespaceType::Network => CloneFlags::CLONE_NEWNET,
+                LinuxNamespaceType::Ipc => CloneFlags::CLONE_NEWIPC,
+                LinuxNamespaceType::Uts => CloneFlags::CLONE_NEWUTS,
+                _ => bail!(
+                    "/linux/namespaces: can't join the {typ} namespace of a process that is in no sysbox container: it \
+                     belongs to that process's user namespace"
+                ),
+            };
+            setns(file, flag).with_context(|| format!("join the given {typ} namespace"))?;
+            namespaces.retain(|namespace| namespace.typ() != *typ);
         }
         for file in &partner {
             name(&mut namespaces, LinuxNamespaceType::User, file);
