@@ -102,7 +102,12 @@ pub fn exec(call: &Call<'_>, args: &ExecArgs) -> Result<i32> {
         below.join(&state.cgroup, Pid::from_raw(made.pid)).map_err(|e| LaunchError::Cgroup(e.to_string()))?;
         let asked = process.rlimits().as_deref().unwrap_or_default();
         let limited = limits::apply(made.pid, asked, raise);
-        limited.and_then(|()| limits::schedule(made.pid, &process)).map_err(|e| step("set limits")(&e))
+        limited.and_then(|()| limits::schedule(made.pid, &process)).map_err(|e| step("set limits")(&e))?;
+        // The container's, whatever the process document says, as runc has it; not that of an engine's shim.
+        let score = state.process.oom_score_adj().map(limits::within_reach);
+        score
+            .map_or(Ok(()), |score| limits::oom_score(made.pid, score))
+            .map_err(|e| step("set the OOM score")(&e))
     };
     let after_start = |made: Made| match relay.take() {
         Some(relay) => {

@@ -122,6 +122,11 @@ pub(super) fn rules(mut resources: LinuxResources, nodes: &[Node]) -> LinuxResou
         rules.retain(|rule| !is_for_all(rule));
         rules.insert(0, none.expect("every field without a default is set"));
     }
+    // A number below 0 is how engines say "all of them" (`--device-cgroup-rule 'c 42:* rwm'`).
+    for rule in &mut rules {
+        rule.set_major(rule.major().filter(|number| *number >= 0));
+        rule.set_minor(rule.minor().filter(|number| *number >= 0));
+    }
     let machine = nodes.iter().filter(|node| MACHINE.iter().any(|(path, ..)| Path::new(path) == node.path));
     rules.extend(machine.map(|node| {
         LinuxDeviceCgroupBuilder::default()

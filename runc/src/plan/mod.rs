@@ -263,7 +263,7 @@ pub fn plan(
     spec.set_mounts(Some(mounted.mounts));
     spec.set_linux(Some(linux));
     let limits = process.rlimits().clone().unwrap_or_default();
-    let oom_score_adj = process.oom_score_adj().map(|score| score.max(-999));
+    let oom_score_adj = process.oom_score_adj().map(crate::limits::within_reach);
     spec.set_process(Some(process::for_libcontainer(process, entry.apparmor.clone())));
     Ok(Plan {
         spec,
