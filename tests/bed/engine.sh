@@ -10,7 +10,9 @@ engine_cgroup() {
 # live-restore, since a dockerd with address pools of its own and without it deletes `docker0` when it finds data of an
 # earlier run (initNetworkController, moby 1.13 and later): the network of a Docker that the user has.
 engine_config() { # the daemon.json, on stdout
-    local driver parent prefix runtimes=
+    local driver parent prefix runtimes= store='"storage-driver": "overlay2"'
+    # Docker's own layers, or images kept by its containerd (from 24 on).
+    [ "${ENGINE_STORE:-}" != containerd ] || store='"features": {"containerd-snapshotter": true}'
     read -r driver parent < <(engine_cgroup)
     prefix=$(cat "$BED_HOME/subnet")
     [ "${ENGINE_ONLY:-0}" = 1 ] || runtimes="\"sysbox-runc\": {\"path\": \"$SYSBOX_RUNC\", \"runtimeArgs\": $runtime_args}"
@@ -20,7 +22,7 @@ engine_config() { # the daemon.json, on stdout
   "exec-root": "$BED_RUN/docker",
   "pidfile": "$BED_RUN/docker.pid",
   "hosts": ["unix://$ENGINE_SOCKET"],
-  "storage-driver": "overlay2",
+  $store,
   "exec-opts": ["native.cgroupdriver=$driver"],
   "cgroup-parent": "$parent",
   "bridge": "$ENGINE_BRIDGE",
@@ -34,6 +36,15 @@ engine_config() { # the daemon.json, on stdout
 }
 JSON
 }
+
+# The programs of another Docker go before this machine's: dockerd finds its containerd, shim and proxy on the PATH.
+choose_engine() {
+    [ -n "${ENGINE:-}" ] || return 0
+    ENGINE_BIN=$("$BED_DIR/outer.sh" "$ENGINE")
+    PATH=$ENGINE_BIN:$PATH
+}
+# What else than daemon.json an engine is started with.
+engine_words() { echo "${ENGINE:+$ENGINE: }${EXTRA_DOCKERD_ARGS:-}"; }
 
 engine_answers() { WITHIN=10 bed_docker version >/dev/null 2>&1; }
 

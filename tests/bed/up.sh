@@ -2,6 +2,7 @@
 # up.sh: installs what is missing, builds, and starts the bed: sysbox-mgr, sysbox-fs and an engine that knows
 # sysbox-runc. Run again it does nothing if all is well, and restarts the bed if a daemon changed or died.
 # SKIP_INSTALL=1, SKIP_BUILD=1 (take BIN_DIR as it is) and ENGINE_ONLY=1 (no sysbox, plain runc) leave parts out;
+# ENGINE=trixie|sid|newest takes that Docker instead of this machine's, ENGINE_STORE=containerd its containerd's image store;
 # LOG_LEVEL, EXTRA_MGR_ARGS, EXTRA_FS_ARGS and EXTRA_DOCKERD_ARGS reach the daemons.
 . "$(dirname "$0")/lib.sh"
 for part in network daemons engine; do . "$BED_DIR/$part.sh"; done
@@ -20,6 +21,7 @@ if [ "${ENGINE_ONLY:-0}" != 1 ]; then
     for program in $PROGRAMS; do [ -x "$BIN_DIR/$program" ] || die "\`$BIN_DIR/$program\` is missing" "make build"; done
     check_link
 fi
+choose_engine
 lock_beds
 
 why_restart() { # nothing, or a reason
@@ -27,7 +29,7 @@ why_restart() { # nothing, or a reason
     is_recorded_alive dockerd && engine_answers || { echo "its engine does not run"; return; }
     ip link show "$ENGINE_BRIDGE" >/dev/null 2>&1 || { echo "its bridge is gone"; return; }
     engine_config | cmp -s - "$BED_HOME/daemon.json" || { echo "its settings changed"; return; }
-    [ "${EXTRA_DOCKERD_ARGS:-}" = "$(cat "$BED_HOME/dockerd.args")" ] || { echo "EXTRA_DOCKERD_ARGS changed"; return; }
+    [ "$(engine_words)" = "$(cat "$BED_HOME/dockerd.args")" ] || { echo "ENGINE or EXTRA_DOCKERD_ARGS changed"; return; }
     [ "${ENGINE_ONLY:-0}" != 1 ] || return 0
     daemons_are_healthy || { echo "a daemon does not run"; return; }
     ! is_changed sysbox-mgr || { echo "sysbox-mgr changed"; return; }
@@ -63,6 +65,6 @@ if [ "${ENGINE_ONLY:-0}" != 1 ]; then
     start_daemons
 fi
 engine_config >"$BED_HOME/daemon.json"
-echo "${EXTRA_DOCKERD_ARGS:-}" >"$BED_HOME/dockerd.args"
+engine_words >"$BED_HOME/dockerd.args"
 start_engine
 say "bed \`$BED\` is up: eval \"\$(make -s env$([ "$BED" = dev ] || echo " BED=$BED"))\""
