@@ -6,6 +6,7 @@
 #   make images           sysbox/debian:SUITE (bookworm, trixie, sid) and sysbox/busybox in that engine
 #   make build check test bench
 #   make test-matrix      every part of the field that is tried inside; prints docs/COMPATIBILITY.md (long). PARTS=text: some of them
+#   make test-engines     the outer engines among them alone
 #   make test-vm VM=path/to/vm [KERNEL=bookworm|trixie|sid]
 #   make test-bare        what README.md says, in a Debian 12 that was just made and has nothing
 #
@@ -15,7 +16,7 @@ BED ?= dev
 SUITE ?= bookworm
 export BED SUITE
 
-.PHONY: help demo up env images down build check test bench test-matrix test-vm test-bare
+.PHONY: help demo up env images down build check test bench test-matrix test-engines test-vm test-bare
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -43,5 +44,5 @@ test bench:
 	@BED=$(if $(filter file default,$(origin BED)),$@,$(BED)) tests/bed/$@.sh
 
 # A run that found faults is recorded as well; its status says that it did.
-test-matrix:
-	@BED=$(if $(filter file default,$(origin BED)),matrix,$(BED)) tests/bed/matrix.sh $(PARTS)
+test-matrix test-engines:
+	@$(if $(filter test-engines,$@),TESTS=outer_engine )BED=$(if $(filter file default,$(origin BED)),matrix,$(BED)) tests/bed/matrix.sh $(PARTS)

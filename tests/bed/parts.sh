@@ -12,6 +12,8 @@ runc | github.com/opencontainers/runc | github.com/opencontainers/runc | 1 | sec
 containerd | github.com/containerd/containerd/v2 | github.com/containerd/containerd/v2/cmd/containerd | 0 | no_btrfs,no_devmapper,no_zfs
 ctr | github.com/containerd/containerd/v2 | github.com/containerd/containerd/v2/cmd/ctr | 0 | no_btrfs,no_devmapper,no_zfs
 containerd-shim-runc-v2 | github.com/containerd/containerd/v2 | github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2 | 0 | no_btrfs,no_devmapper,no_zfs
+dockerd | github.com/moby/moby/v2 | github.com/moby/moby/v2/cmd/dockerd | 0 |
+docker-proxy | github.com/moby/moby/v2 | github.com/moby/moby/v2/cmd/docker-proxy | 0 |
 '
 
 build() { # NAME VERSION OUT

@@ -1,0 +1,261 @@
+//! The engines that a user has outside: each Docker of the table below, with its own containerd and shim, and the same
+//! essentials with each. A row is a line. Two are tried every time; `make test-engines` tries all, and prints
+//! docs/COMPATIBILITY.md from what came of it.
+#![allow(clippy::unwrap_used)] // all of it is tests; the lint's exception misses their helpers
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use sysbox_ipc::mgr::Rootfs;
+use sysbox_tests::compat::{self, Outcome};
+use sysbox_tests::engine::{
+    BUSYBOX, Container, DEBIAN, INNER_IMAGE, Volume, docker, record_of, remains_of, run_within, unique, until,
+};
+use sysbox_tests::host::{NO_NAMES, host_dir};
+
+/// `ENGINE` and `ENGINE_STORE` of tests/bed/up.sh, and whether it is tried every time.
+#[rustfmt::skip]
+const ENGINES: &[(&str, &str, bool)] = &[
+    ("trixie", "",           false),
+    ("trixie", "containerd", false),
+    ("sid",    "",           false),
+    ("sid",    "containerd", true),
+    ("newest", "containerd", false),
+];
+
+/// As long as it takes to build the newest one.
+const LONG: Duration = Duration::from_secs(1800);
+
+const SECTION: &str = "Docker outside";
+
+/// What is tried, in the words of the page.
+type Essential = (&'static str, fn());
+
+const ESSENTIALS: &[Essential] = &[
+    ("run, exec, exit codes", runs),
+    ("cp both ways, diff, export", copies),
+    ("commit", commits),
+    ("stop and start keep files and ids", comes_back),
+    ("volumes with copy-up, binds", has_volumes),
+    ("limits, update, stats, pause", is_limited),
+    ("networks with names", has_names),
+    ("an inner Docker runs a container", has_docker_inside),
+    ("rm leaves nothing", leaves_nothing),
+];
+
+fn try_all(part: &str) {
+    let version = docker(["version", "-f", "{{.Server.Version}}"]).ok();
+    for (what, essential) in ESSENTIALS {
+        let said = std::panic::catch_unwind(essential);
+        let outcome = if said.is_ok() { Outcome::Ok } else { Outcome::Fails };
+        compat::record(SECTION, part, &version, what, outcome, "see the log of the run");
+        assert!(said.is_ok(), "Docker {version}, {part}: {what}");
+    }
+}
+
+#[test]
+fn the_essentials_work_with_the_engine_of_the_bed() {
+    let part = std::env::var("SYSBOX_OUTER").unwrap_or_else(|_| "docker.io of this machine".to_owned());
+    try_all(&part);
+}
+
+#[test]
+fn the_essentials_work_with_other_engines() {
+    let wanted = std::env::var("SYSBOX_ENGINES").unwrap_or_default();
+    for (engine, store, is_daily) in ENGINES {
+        let part =
+            if store.is_empty() { format!("{engine}, overlay2") } else { format!("{engine}, {store} store") };
+        if match wanted.as_str() {
+            "" => *is_daily,
+            "all" => true,
+            text => part.contains(text),
+        } {
+            try_on_a_bed_of_its_own(engine, store, &part);
+        }
+    }
+}
+
+/// By tests/bed/test.sh, which also takes the bed down and fails if that leaves anything.
+fn try_on_a_bed_of_its_own(engine: &str, store: &str, part: &str) {
+    let top = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let bed = format!("{}{}", engine, store.get(..1).unwrap_or_default());
+    let mut command = Command::new(top.join("tests/bed/test.sh"));
+    // The environment of the bed that this test runs on is not the other one's.
+    for (name, _) in
+        std::env::vars().filter(|(name, _)| name.starts_with("SYSBOX_") || name.starts_with("DOCKER_"))
+    {
+        if name != "SYSBOX_COMPAT" {
+            command.env_remove(name);
+        }
+    }
+    let programs = std::env::var_os("SYSBOX_BIN_DIR").map(PathBuf::from).unwrap();
+    command
+        .env("BED", bed)
+        .env("BIN_DIR", programs)
+        .envs([("SKIP_BUILD", "1"), ("SKIP_INSTALL", "1"), ("SUITES", "bookworm")])
+        .envs([("ENGINE", engine), ("ENGINE_STORE", store), ("SYSBOX_OUTER", part)])
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", "the_essentials_work_with_the_engine_of_the_bed", "--nocapture"]);
+    let said = run_within(&mut command, LONG);
+    assert!(said.code == 0 && said.out.contains("1 passed"), "{part}: {said:#?}");
+}
+
+// ---- the essentials ----
+
+/// The writable layer, which an engine with containerd's store does not tell.
+fn upper(container: &Container) -> PathBuf {
+    match container.record().unwrap().rootfs {
+        Rootfs::Overlay { upper, .. } => upper,
+        Rootfs::Directory { path } => panic!("{} is no overlay", path.display()),
+    }
+}
+
+fn runs() {
+    let said = Container::run(
+        &["--rm", "-e", "A=b", "-h", "there"],
+        BUSYBOX,
+        &["sh", "-c", "echo $A; hostname; echo e >&2; exit 5"],
+    );
+    assert_eq!((said.code, said.out.as_str(), said.err.as_str()), (5, "b\nthere\n", "e\n"));
+    assert_eq!(Container::run(&[], BUSYBOX, &["/nonexistent"]).code, 127);
+    let container = Container::waiting(BUSYBOX, &[]);
+    assert_eq!(
+        container.exec(&["-u", "7:8", "-w", "/etc"], &["sh", "-c", "id -u; id -g; pwd"]).ok(),
+        "7\n8\n/etc"
+    );
+    assert_eq!(container.exec(&[], &["sh", "-c", "exit 3"]).code, 3);
+    assert_ne!(container.sh("awk '{print $2}' /proc/self/uid_map"), "0");
+    assert_eq!(container.exec(&["-t"], &["tty"]).ok().trim_end(), "/dev/pts/0");
+}
+
+fn copies() {
+    let dir = host_dir();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    std::fs::write(path("in"), "in").unwrap();
+    let container = Container::waiting(BUSYBOX, &[]);
+    let inside = |name: &str| format!("{}:{name}", container.name);
+    docker(["cp", &path("in"), &inside("/root/in")]).ok();
+    until("the copy to be seen", || (container.try_sh("cat /root/in").out == "in").then_some(()));
+    container.sh("echo out >/root/out; rm /etc/group");
+    until("it to be seen outside", || {
+        let copied = docker(["cp", &inside("/root/out"), &path("out")]);
+        (copied.code == 0 && std::fs::read_to_string(path("out")).ok()? == "out\n").then_some(())
+    });
+    until("the changes to be listed", || {
+        let diff = docker(["diff", &container.name]).ok();
+        let has = |line: &str| diff.lines().any(|other| other == line);
+        (has("A /root/out") && has("A /root/in") && has("C /root") && has("D /etc/group")).then_some(())
+    });
+    docker(["export", "-o", &path("tar"), &container.name]).ok();
+    let listed = run_within(Command::new("tar").args(["-tf", &path("tar")]), LONG).ok();
+    assert!(listed.lines().any(|line| line == "root/out"), "{listed}");
+}
+
+fn commits() {
+    let container = Container::waiting(BUSYBOX, &[]);
+    container.sh("echo kept >/root/kept; chown 7:8 /root/kept; rm /etc/group");
+    until("the engine to see it", || {
+        docker(["diff", &container.name]).ok().contains("A /root/kept").then_some(())
+    });
+    let image = unique("image");
+    docker(["commit", &container.name, &image]).ok();
+    let said =
+        Container::run(&[], &image, &["sh", "-c", "cat /root/kept; stat -c %u:%g /root/kept; ls /etc/group"]);
+    assert_eq!((said.code, said.out.as_str()), (1, "kept\n7:8\n"), "{said:?}");
+    docker(["rmi", "-f", &image]).ok();
+}
+
+fn comes_back() {
+    let container = Container::waiting(BUSYBOX, &[]);
+    container.sh("echo mine >/kept; chown 7:8 /kept");
+    let before = container.sh("cat /proc/self/uid_map");
+    container.docker(&["stop"]).ok();
+    assert_eq!(container.inspect("{{.State.ExitCode}}"), "137");
+    container.docker(&["start"]).ok();
+    assert_eq!(
+        container.sh("cat /kept; stat -c %u:%g /kept; cat /proc/self/uid_map"),
+        format!("mine\n7:8\n{before}")
+    );
+    docker(["restart", "-t", "0", &container.name]).ok();
+    assert_eq!(container.sh("cat /proc/self/uid_map"), before);
+}
+
+fn has_volumes() {
+    let (volume, dir) = (Volume::new(), host_dir());
+    std::fs::write(dir.path().join("file"), "of the host").unwrap();
+    let options = [
+        "-v",
+        &format!("{}:/etc", volume.name),
+        "-v",
+        &format!("{}:/x:ro", dir.path().display()),
+        "--mount",
+        "type=tmpfs,target=/t,tmpfs-mode=700",
+    ];
+    let container = Container::waiting(BUSYBOX, &options);
+    assert_eq!(
+        container.sh("stat -c %u:%g /etc/group; cat /x/file; stat -c '%u %a' /t"),
+        "0:0\nof the host0 700"
+    );
+    assert!(container.try_sh("touch /x/new").refused().contains("Read-only file system"));
+    container.sh("touch /etc/new; chown 7:8 /etc/new; touch /t/new");
+    assert_eq!(sysbox_tests::host::owner(&volume.path().join("new")), (7, 8, 0o644));
+    drop(container);
+}
+
+fn is_limited() {
+    let container =
+        Container::waiting(BUSYBOX, &["--memory", "64m", "--memory-swap", "64m", "--pids-limit", "50"]);
+    let total = "awk '/^MemTotal:/ {print $2}' /proc/meminfo";
+    assert_eq!(container.sh(total), "65536");
+    docker(["update", "--memory", "96m", "--memory-swap", "96m", &container.name]).ok();
+    assert_eq!(container.sh(total), "98304");
+    let shown = docker(["stats", "--no-stream", "--format", "{{.MemUsage}}|{{.PIDs}}", &container.name]).ok();
+    assert!(shown.ends_with(" / 96MiB|1"), "{shown}");
+    docker(["pause", &container.name]).ok();
+    assert_eq!(container.inspect("{{.State.Status}}"), "paused");
+    docker(["unpause", &container.name]).ok();
+    assert!(docker(["top", &container.name]).ok().contains("sleep 2147483647"));
+}
+
+fn has_names() {
+    let network = unique("n");
+    docker(["network", "create", &network]).ok();
+    let server = Container::start(&["--network", &network], BUSYBOX, &["httpd", "-f", "-h", "/etc"]);
+    let client = Container::waiting(BUSYBOX, &["--network", &network]);
+    let fetch = format!("wget -qO- http://{}/group", server.name);
+    until("the server to answer by name", || (client.try_sh(&fetch).out == "root:x:0:\n").then_some(()));
+    drop((server, client));
+    docker(["network", "rm", &network]).ok();
+}
+
+fn has_docker_inside() {
+    let container = Container::start(&["--stop-signal", "TERM"], DEBIAN, &["dockerd"]);
+    until("the inner engine to answer", || {
+        assert_eq!(
+            container.inspect("{{.State.Running}}"),
+            "true",
+            "{:#?}",
+            container.docker(&["logs", "--tail", "30"])
+        );
+        (container.try_sh("docker version").code == 0).then_some(())
+    });
+    container.sh(&format!("docker import {INNER_IMAGE} busybox"));
+    let script = "docker run --rm busybox echo inner; docker info -f '{{.Driver}}'";
+    assert_eq!(container.sh(script), "inner\noverlay2");
+    container.docker(&["stop"]).ok();
+    container.docker(&["start"]).ok();
+    until("the inner image to be there still", || {
+        (container.try_sh("docker images -q busybox | wc -l").out == "1\n").then_some(())
+    });
+}
+
+fn leaves_nothing() {
+    let container = Container::waiting(BUSYBOX, &[]);
+    let (id, upper) = (container.id(), upper(&container));
+    container.docker(&["rm", "-f"]).ok();
+    until("the record to go", || record_of(&id).is_none().then_some(()));
+    // containerd collects what nobody refers to when it finds the time.
+    until("the layer to go", || (!upper.exists()).then_some(()));
+    until("all of it to go", || (remains_of(&id, &upper) == NO_NAMES).then_some(()));
+}
