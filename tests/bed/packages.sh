@@ -24,6 +24,7 @@ test   | script                                    | bsdutils
 test   | /bin/busybox                              | busybox-static
 test   | ps                                        | procps
 test   | strace                                    | strace
+test   | bindfs                                    | bindfs
 image  | mmdebstrap                                | mmdebstrap
 image  | /usr/share/keyrings/debian-archive-keyring.gpg | debian-archive-keyring
 bench  | lxcfs                                     | lxcfs

@@ -243,10 +243,11 @@ pub fn plan(
         resources::fit(linux.resources().clone().unwrap_or_default(), survey.cgroup_v2, &mut warnings)?;
     let resources = devices::rules(limits, &nodes);
     linux.set_resources(None);
-    // Machines expect their root to be shared: mount propagation inside (kubelet, containerd) depends on it.
+    // Machines expect their root to be shared: mount propagation inside (kubelet, containerd) depends on it. An engine asks
+    // for a slave where one of the volumes is to receive the host's mounts; that one does, beneath a shared root too.
     let propagation = linux.rootfs_propagation().as_deref().map(propagation).transpose()?;
     linux.set_rootfs_propagation(propagation.map(str::to_owned));
-    if settings.common.syscont_mode && linux.rootfs_propagation().is_none() {
+    if settings.common.syscont_mode && propagation.is_none_or(|asked| asked == "slave") {
         linux.set_rootfs_propagation(Some("shared".to_owned()));
     }
     linux.set_cgroups_path(None);

@@ -353,6 +353,13 @@ impl Planner<'_> {
                 path.display()
             ));
         }
+        if asked.options().iter().flatten().any(|option| option.ends_with("shared")) {
+            self.warnings.push(format!(
+                "bind mount {}: shared with the host one way: what the host mounts below it is seen inside, what is mounted \
+                 inside is not seen on the host (the kernel lets no mount out of a user namespace); hint: `rslave` says so",
+                destination.display()
+            ));
+        }
         let kind = if source.is_directory { TargetKind::Directory } else { TargetKind::File };
         if source.magic == OVERLAY_MAGIC && !self.map.owns_host_uid(source.uid) {
             self.warnings.push(format!(
