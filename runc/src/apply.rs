@@ -490,6 +490,8 @@ fn overlay_by_descriptor(
     }
     fs.set_descriptor("upperdir", upper)?;
     fs.set_descriptor("workdir", work)?;
+    // What `mount` and `df` show for it.
+    fs.set_text("source", "overlay")?;
     fs.create()?;
     fs.mount(m::Attributes::default())
 }

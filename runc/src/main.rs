@@ -16,6 +16,7 @@ mod figures;
 mod filter;
 mod freezer;
 mod fuse;
+mod given;
 mod hooks;
 mod init;
 mod launch;

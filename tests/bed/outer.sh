@@ -24,9 +24,14 @@ from_image() { # SUITE DIR
 }
 
 from_modules() { # DIR
-    local program
-    for program in dockerd docker-proxy; do cp "$("$BED_DIR/parts.sh" $program 2.0.0-beta.24)" "$1/$program"; done
-    for program in containerd containerd-shim-runc-v2; do cp "$("$BED_DIR/parts.sh" $program 2.4.2)" "$1/$program"; done
+    local program version path
+    while read -r program version; do
+        path=$("$BED_DIR/parts.sh" "$program" "$version")  # its failure ends us, which within the cp's words it would not
+        cp "$path" "$1/$program"
+    done <<<'dockerd 2.0.0-beta.24
+docker-proxy 2.0.0-beta.24
+containerd 2.4.2
+containerd-shim-runc-v2 2.4.2'
     # No module has it: any init will do.
     cp -L "$(command -v docker-init || echo /usr/bin/tini-static)" "$1/docker-init"
 }

@@ -1,18 +1,13 @@
 //! `create`: from a bundle to a container whose init waits for `start`. The main path of ARCHITECTURE.md, step by step;
 //! what is done is noted in an [`Undo`] and taken back if a later step fails.
 
-use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::rc::Rc;
 
-use anyhow::{Context, Result, anyhow, bail};
-use nix::sched::{CloneFlags, setns};
+use anyhow::{Context, Result, anyhow};
 use nix::unistd::Pid;
-use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
-use sysbox_ipc::mgr::{Claim, Defaults, FileId, Grant, Process, Register, Rootfs};
-use sysbox_sys::path::proc_path;
-use sysbox_sys::process::Held;
-use sysbox_sys::userns;
+use oci_spec::runtime::Spec;
+use sysbox_ipc::mgr::{Claim, Defaults, Grant, Process, Register, Rootfs};
 
 use super::{Call, require_preserved, require_terminal_fits, send_pidfd, write_pid_file};
 use crate::apply::{self, Staged};
@@ -22,6 +17,7 @@ use crate::cgroup::{Cgroup, begin_grace_period, locate};
 use crate::cli::{CreateArgs, SPEC_VERSION};
 use crate::daemons::{Fs, Mgr};
 use crate::filter::{self, Filter};
+use crate::given::Given;
 use crate::init::{Init, Role, own_stdio};
 use crate::launch::{Launch, LaunchError, step};
 use crate::limits::{self, Raise};
@@ -140,10 +136,13 @@ fn attempt<'a>(
         mgr.make_volumes(&home.key, plan.volumes.iter().map(|volume| volume.name.clone()).collect(), owner)?;
     }
     apply::enter_private_namespace()?;
-    let (spec, _partner) = given.join(plan.spec.clone(), &grant)?;
+    let (mut spec, joined) = given.join(plan.spec.clone(), &grant)?;
     let staged = apply::apply(&plan, &survey, &stage, &bundle.rootfs, &grant.id_map, &grant.facts)?;
     for warning in &staged.warnings {
         call.log.warn(warning);
+    }
+    if let Some(warning) = joined.show_network(&mut spec, &stage)? {
+        call.log.warn(&warning);
     }
     tracing::debug!("root file system and mounts are staged");
     let launched = launch(call, args, home, &bundle, &plan, filter, &grant, &mut state, spec);
@@ -350,111 +349,4 @@ fn state_of(
         carried: Carried::default(),
         process,
     })
-}
-
-/// The namespaces that the spec gives by path, opened once: what was judged is what is joined, though the path may go
-/// through a pid that is another's by then.
-struct Given(Vec<GivenNamespace>);
-
-struct GivenNamespace {
-    typ: LinuxNamespaceType,
-    file: OwnedFd,
-    /// The user namespace that it belongs to; `None` for the host's.
-    owner: Option<FileId>,
-}
-
-impl Given {
-    fn open(spec: &Spec) -> Result<Self> {
-        let mut all = Vec::new();
-        let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_deref());
-        let host = std::fs::File::open("/proc/self/ns/user").context("our own namespace")?;
-        let host = identity(&host.into())?;
-        for namespace in namespaces.unwrap_or_default() {
-            let Some(path) = namespace.path() else { continue };
-            let typ = namespace.typ().to_string();
-            if matches!(typ.as_str(), "user" | "mnt" | "time") {
-                bail!(
-                    "/linux/namespaces: a {typ} namespace is always the container's own; it cannot be given by path"
-                );
-            }
-            let opened = std::fs::File::open(path);
-            let file = OwnedFd::from(opened.with_context(|| format!("namespace {}", path.display()))?);
-            let ours = std::fs::File::open(format!("/proc/self/ns/{typ}")).context("our own namespace")?;
-            if identity(&file)? == identity(&ours.into())? {
-                if namespace.typ() == LinuxNamespaceType::Network {
-                    bail!("/linux/namespaces: {}", bundle::HOST_NETWORK);
-                }
-                bail!("/linux/namespaces: sysbox containers can't share namespaces {{{typ}}} with the host");
-            }
-            let owner = userns::owner_of(file.as_fd());
-            let owner = owner.with_context(|| format!("namespace {}", path.display()))?;
-            let owner = Some(identity(&owner)?).filter(|owner| *owner != host);
-            all.push(GivenNamespace { typ: namespace.typ(), file, owner });
-        }
-        Ok(Self(all))
-    }
-
-    fn network(&self) -> Result<Option<FileId>> {
-        let network = self.0.iter().find(|given| given.typ == LinuxNamespaceType::Network);
-        network.map(|given| identity(&given.file)).transpose()
-    }
-
-    /// The user namespace that they belong to, if that is not the host's.
-    fn users(&self) -> Result<Option<FileId>> {
-        let mut owners = self.0.iter().filter_map(|given| given.owner);
-        let first = owners.next();
-        if owners.any(|owner| Some(owner) != first) {
-            bail!("/linux/namespaces: those given by path belong to containers with different ids");
-        }
-        Ok(first)
-    }
-
-    /// Those of another user namespace: the container's root may not enter them, so this process does, and its children
-    /// are born there. With a shared user namespace init enters them itself, by our descriptors; the second value is that
-    /// of the user namespace, to be kept open until init exists.
-    fn join(&self, mut spec: Spec, grant: &Grant) -> Result<(Spec, Vec<OwnedFd>)> {
-        let Some(mut linux) = spec.linux().clone() else { return Ok((spec, Vec::new())) };
-        let mut namespaces = linux.namespaces().clone().unwrap_or_default();
-        let mut partner = Vec::new();
-        if let Some(process) = grant.share_with {
-            partner = Held::open(process)
-                .and_then(|held| held.namespaces(&["user"]))
-                .context("join the user namespace of the container whose namespaces are shared")?;
-        }
-        let theirs = partner.first().map(identity).transpose()?;
-        for GivenNamespace { typ, file, owner } in &self.0 {
-            if owner.is_some() && *owner == theirs {
-                name(&mut namespaces, *typ, file);
-                continue;
-            }
-            let flag = match typ {
-                LinuxNamespaceType::Network => CloneFlags::CLONE_NEWNET,
-                LinuxNamespaceType::Ipc => CloneFlags::CLONE_NEWIPC,
-                LinuxNamespaceType::Uts => CloneFlags::CLONE_NEWUTS,
-                _ => bail!(
-                    "/linux/namespaces: can't join the {typ} namespace of a process that is in no sysbox container: it \
-                     belongs to that process's user namespace"
-                ),
-            };
-            setns(file, flag).with_context(|| format!("join the given {typ} namespace"))?;
-            namespaces.retain(|namespace| namespace.typ() != *typ);
-        }
-        for file in &partner {
-            name(&mut namespaces, LinuxNamespaceType::User, file);
-        }
-        linux.set_namespaces(Some(namespaces));
-        spec.set_linux(Some(linux));
-        Ok((spec, partner))
-    }
-}
-
-fn name(namespaces: &mut [LinuxNamespace], typ: LinuxNamespaceType, file: &OwnedFd) {
-    for namespace in namespaces.iter_mut().filter(|namespace| namespace.typ() == typ) {
-        namespace.set_path(Some(proc_path(file.as_fd())));
-    }
-}
-
-fn identity(file: &OwnedFd) -> Result<FileId> {
-    let facts = nix::sys::stat::fstat(file).context("fstat(namespace)")?;
-    Ok(FileId { dev: facts.st_dev, ino: facts.st_ino })
 }
