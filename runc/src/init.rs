@@ -139,9 +139,8 @@ impl Init {
         // Before anything is given up: its thread ends with the exec.
         let handover = self.giver.as_ref().map(Giver::prepare).transpose()?;
         let said = |what: &'static str| move |errno: Errno| format!("{what}: {}", errno.desc());
-        if let Some(umask) = entry.umask {
-            nix::sys::stat::umask(Mode::from_bits_truncate(umask));
-        }
+        // Else as runc has it, for a later process too: an engine's shim may have none at all (containerd 2.4).
+        nix::sys::stat::umask(Mode::from_bits_truncate(entry.umask.unwrap_or(0o022)));
         let capability = |error: caps::errors::CapsError| format!("set capabilities: {error}");
         for dropped in
             caps::read(None, CapSet::Bounding).map_err(capability)?.difference(&entry.capabilities.bounding)

@@ -53,7 +53,7 @@ start_engine() {
     # dockerd up to 24 asks for a lower OOM score of its own and does not start where it may not have one
     # (no CAP_SYS_RESOURCE, bit 24). Newer ones ask for 0 by themselves and mean to drop the option.
     if ! awk '/^CapEff:/ {exit !(index("13579bdf", substr($2, length($2) - 6, 1)))}' /proc/self/status &&
-        [ "$(dockerd --version | sed -nE 's/.*version ([0-9]+).*/\1/p')" -lt 25 ]; then
+        [ "$(dockerd --version | sed -nE 's/.*version ([0-9]+).*/\1/p' | grep . || echo 99)" -lt 25 ]; then
         args+=(--oom-score-adjust 0)
     fi
     read -ra extra <<<"${EXTRA_DOCKERD_ARGS:-}"
