@@ -305,4 +305,26 @@ mod tests {
         std::fs::write(dir.path().join("config.json"), good().to_string()).unwrap();
         assert!(read(dir.path()).unwrap_err().to_string().contains("is a symbolic link"));
     }
+
+    #[test]
+    fn a_rootfs_that_is_none_or_the_hosts_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("file"), "").unwrap();
+        let up = "../".repeat(64);
+        for (root, why) in [
+            ("/", "is the root of the host"),
+            ("/proc/self/root/.", "is the root of the host"),
+            (up.as_str(), "is the root of the host"),
+            ("/proc/self/root", "is a symbolic link"),
+            ("file", "is not a directory"),
+            ("gone", "No such file"),
+            ("a\u{0}b", "NUL byte"),
+        ] {
+            let mut config = good();
+            config["root"]["path"] = json!(root);
+            std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+            let text = read(dir.path()).unwrap_err().to_string();
+            assert!(text.starts_with("rootfs ") && text.contains(why), "{root:?}: {text}");
+        }
+    }
 }

@@ -13,6 +13,9 @@ use crate::nested::{self, Step};
 /// Long enough for a process in an uninterruptible wait to come out of it; runc's own.
 const LIMIT: Duration = Duration::from_secs(10);
 
+/// After this time something keeps a process from stopping.
+const HANGING: Duration = Duration::from_millis(200);
+
 #[derive(Debug, thiserror::Error)]
 pub enum FreezerError {
     #[error("no cgroup freezer on this host")]
@@ -30,6 +33,9 @@ type Result<T> = std::result::Result<T, FreezerError>;
 pub struct Freezer {
     dir: PathBuf,
     version: Version,
+    /// The freezer of version 1, where there is one beside a unified hierarchy. What the container has frozen with it does not
+    /// stop a second time.
+    beside: Option<PathBuf>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,7 +53,8 @@ impl Freezer {
         let two = cgroup.hierarchies.iter().find(|h| h.kind != Kind::V1).map(|h| (h, Version::Two));
         let one = || cgroup.hierarchies.iter().find(|h| h.name == "freezer").map(|h| (h, Version::One));
         let (hierarchy, version) = two.or_else(one)?;
-        Some(Self { dir: hierarchy.mount.join(&cgroup.parent), version })
+        let beside = one().filter(|_| version == Version::Two).map(|(h, _)| h.mount.join(&cgroup.parent));
+        Some(Self { dir: hierarchy.mount.join(&cgroup.parent), version, beside })
     }
 
     /// Whether the container was frozen from outside; what it freezes of itself does not count.
@@ -69,19 +76,22 @@ impl Freezer {
     pub fn freeze(&self) -> Result<()> {
         self.stop_all().inspect_err(|_| {
             // The failure that matters is the first.
-            let _thawed = self.set(false);
+            let _thawed = self.thaw();
         })
     }
 
     fn stop_all(&self) -> Result<()> {
-        let deadline = Instant::now() + LIMIT;
+        let begun = Instant::now();
         loop {
             // Version 1 may stay FREEZING while processes are born: writing it again catches those (runc does so as well).
             self.set(true)?;
             if self.has_settled()? {
                 return Ok(());
             }
-            if Instant::now() > deadline {
+            if begun.elapsed() > HANGING && self.freeze_beside() {
+                return Ok(());
+            }
+            if begun.elapsed() > LIMIT {
                 return Err(FreezerError::Busy { path: self.dir.clone() });
             }
             std::thread::sleep(Duration::from_millis(1));
@@ -93,7 +103,18 @@ impl Freezer {
     /// # Errors
     /// What the kernel says.
     pub fn thaw(&self) -> Result<()> {
-        self.set(false)
+        let beside = self.beside.as_ref().map_or(Ok(()), |dir| {
+            let path = dir.join("freezer.state");
+            fs::write(&path, "THAWED").map_err(|source| FreezerError::Io { attempt: "write", path, source })
+        });
+        self.set(false).and(beside)
+    }
+
+    /// By version 1 as well, on top of what stands already: whether all has stopped.
+    fn freeze_beside(&self) -> bool {
+        let Some(file) = self.beside.as_ref().map(|dir| dir.join("freezer.state")) else { return false };
+        fs::write(&file, "FROZEN").is_ok()
+            && fs::read_to_string(&file).is_ok_and(|text| text.trim() == "FROZEN")
     }
 
     fn has_settled(&self) -> Result<bool> {

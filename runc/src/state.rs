@@ -129,7 +129,8 @@ impl Home {
             .mode(0o711)
             .create(&self.key.root)
             .map_err(io("mkdir", &self.key.root))?;
-        match fs::DirBuilder::new().mode(0o711).create(&self.dir) {
+        // It has the environment of the container, which is nobody else's to read.
+        match fs::DirBuilder::new().mode(0o700).create(&self.dir) {
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {
                 Err(StateError::Exists { id: self.key.id.clone() })
             }

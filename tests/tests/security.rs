@@ -188,8 +188,17 @@ fn an_exec_does_not_enter_a_process_that_took_inits_pid() {
     let _filler = std::os::unix::net::UnixStream::connect(&console).unwrap();
     let proof = machine.path("entered");
     let (console, script) = (console.display().to_string(), format!("echo x > {}", proof.display()));
-    let mut exec =
-        machine.later(&["exec", "--tty", "--console-socket", &console, "c", "/bin/sh", "-c", &script]);
+    let mut exec = machine.later(&[
+        "exec",
+        "--detach",
+        "--tty",
+        "--console-socket",
+        &console,
+        "c",
+        "/bin/sh",
+        "-c",
+        &script,
+    ]);
     std::thread::sleep(Duration::from_millis(300));
     assert!(exec.is_running());
     let init = nix::unistd::Pid::from_raw(i32::try_from(pid).unwrap());
