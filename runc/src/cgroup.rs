@@ -16,7 +16,6 @@ use serde::{Deserialize, Serialize};
 use sysbox_sys::process::Held;
 
 use crate::cpuset;
-use crate::limits;
 use crate::mirror;
 use crate::nested;
 use crate::oom;
@@ -284,7 +283,6 @@ impl Cgroup {
     pub fn update(&self, resources: &LinuxResources, id: &str) -> Result<()> {
         let mut resources = resources.clone();
         resources.set_devices(None);
-        limits::keep_oom_killer(&mut resources, self);
         if let Some(mut cpu) = resources.cpu().clone()
             && let Some(hierarchy) = self.hierarchies.iter().find(|h| h.has("cpuset"))
         {

@@ -1,14 +1,12 @@
-//! Resource limits, the OOM score and the OOM killer of a process that waits to be started. Set from outside: inside, in a user
+//! Resource limits and the OOM score of a process that waits to be started. Set from outside: inside, in a user
 //! namespace, nobody may raise a hard limit.
 
 use oci_spec::runtime::{
-    IOPriorityClass, LinuxResources, LinuxSchedulerFlag, LinuxSchedulerPolicy, PosixRlimit, PosixRlimitType,
-    Process, Scheduler,
+    IOPriorityClass, LinuxSchedulerFlag, LinuxSchedulerPolicy, PosixRlimit, PosixRlimitType, Process,
+    Scheduler,
 };
 use sysbox_sys::rlimit::{self, Limits};
 use sysbox_sys::schedule::{self, Policy};
-
-use crate::cgroup::Cgroup;
 
 #[derive(Debug, thiserror::Error)]
 pub enum LimitError {
@@ -124,17 +122,6 @@ fn policy(asked: &Scheduler) -> Policy {
         runtime: asked.runtime().unwrap_or(0),
         deadline: asked.deadline().unwrap_or(0),
         period: asked.period().unwrap_or(0),
-    }
-}
-
-/// Says in an update that says nothing of it whether there is an OOM killer as there was (version 1 alone can be without).
-pub fn keep_oom_killer(update: &mut LinuxResources, cgroup: &Cgroup) {
-    let Some(memory) = update.memory_mut() else { return };
-    if memory.disable_oom_killer().is_none() {
-        let hierarchy = cgroup.hierarchies.iter().find(|hierarchy| hierarchy.has("memory"));
-        let file = hierarchy.map(|h| h.mount.join(&cgroup.parent).join("memory.oom_control"));
-        let text = file.and_then(|file| std::fs::read_to_string(file).ok());
-        memory.set_disable_oom_killer(text.map(|text| text.starts_with("oom_kill_disable 1\n")));
     }
 }
 
