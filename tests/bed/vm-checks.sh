@@ -60,6 +60,51 @@ claim "hard limits are raised" is_raised
 bed_docker rm -fv $name >/dev/null
 gone() { [ ! -e "$parent" ]; }
 claim "the cgroups are gone with the container" gone
+
+# Without an engine: the limits of a spec, and `events` beside runc's.
+bundle=$(mktemp -d /root/vm-bundle.XXXXXX)
+mkdir "$bundle/rootfs"
+bed_docker create --name $name-tree sysbox/busybox true >/dev/null
+bed_docker export $name-tree | tar -C "$bundle/rootfs" -xf -
+bed_docker rm $name-tree >/dev/null
+"$SYSBOX_RUNC" spec --bundle "$bundle"
+limits='"unified": {"memory.high": "134217728", "pids.max": "77"}, "memory": {"limit": 268435456, "swap": 268435456, "reservation": 67108864}, "cpu": {"quota": 50000, "period": 100000, "cpus": "0"},'
+sed -i "s/\"terminal\": true/\"terminal\": false/; s/^      \"sh\"$/      \"sleep\", \"6000\"/; s/\"resources\": {/\"resources\": {$limits/" "$bundle/config.json"
+bare() { "$SYSBOX_RUNC" "$@" </dev/null; }
+bare run -d --bundle "$bundle" $name-bare >/dev/null 2>"$bundle/said" || say "$(cat "$bundle/said")"
+pid=$(bare state $name-bare | sed -n 's/.*"pid": \([0-9]*\).*/\1/p')
+scope=/sys/fs/cgroup$(sed -n 's/^0:://p' "/proc/$pid/cgroup")
+own=${scope%/*/*}
+has_limits() {
+    local found; found=$(cd "$own" && cat memory.max memory.swap.max memory.low memory.high pids.max cpu.max cpuset.cpus | paste -sd' ')
+    [ "$found" = "268435456 0 67108864 134217728 77 50000 100000 0" ] || { say "limits: $found"; return 1; }
+}
+claim "the limits of a spec, \`unified\` among them, are those of the cgroup" has_limits
+updates() {
+    bare update --memory 192m --memory-swap 192m --pids-limit 66 --cpu-quota 30000 $name-bare || return 1
+    local found; found=$(cd "$own" && cat memory.max pids.max cpu.max memory.high | paste -sd' ')
+    [ "$found" = "201326592 66 30000 100000 134217728" ] || { say "limits: $found"; return 1; }
+}
+claim "update changes what it names, and nothing else" updates
+keys() { grep -o '"[A-Za-z_]*":' | sort -u; }
+same_events() { # runc's on a container of its own, of the same limits
+    local theirs=$bundle/theirs.json
+    mkdir "$bundle/runc" && runc spec --bundle "$bundle/runc"
+    sed -i "s/\"terminal\": true/\"terminal\": false/; s/^\t*\"sh\"$/\"sleep\", \"6000\"/; s/\"resources\": {/\"resources\": {$limits/; s|\"path\": \"rootfs\"|\"path\": \"$bundle/rootfs\"|" "$bundle/runc/config.json"
+    runc run -d --bundle "$bundle/runc" $name-runc </dev/null >/dev/null 2>&1 || { say "runc did not run"; return 1; }
+    runc events --stats $name-runc >"$theirs"
+    runc delete --force $name-runc
+    local ours; ours=$(bare events --stats $name-bare)
+    local missing; missing=$(comm -23 <(keys <"$theirs") <(keys <<<"$ours"))
+    [ -s "$theirs" ] && [ -z "$missing" ] || { say "events lack: $missing; ours: $ours"; return 1; }
+    # A figure that stands still: the limit of processes, as the kernel has it.
+    [[ $ours == *"\"limit\":$(cat "$own/pids.max")"* ]] || { say "$ours"; return 1; }
+}
+claim "events has the members of runc's, and the kernel's figures" same_events
+bare delete --force $name-bare
+claim "nothing is left of it" [ ! -e "$own" ]
+rm -rf "$bundle"
+
 bed_docker run -d --runtime=sysbox-runc --name $name-boot "$image" >/dev/null
 has_booted() {
     state=$(bed_docker exec $name-boot systemctl is-system-running 2>&1) || true
