@@ -74,12 +74,6 @@ fn attempt<'a>(
     if home.dir.exists() {
         return Err(StateError::Exists { id: home.key.id.clone() }.into());
     }
-    if !bundle.unknown.is_empty() {
-        call.log.warn(&format!(
-            "config.json: ignored, as the specification does not know it: {}",
-            bundle.unknown.join(", ")
-        ));
-    }
     let survey = survey::look(&bundle)?;
     let own_map = plan::own_map(&bundle.spec)?;
     settings_of(&bundle, Defaults::default())?;
