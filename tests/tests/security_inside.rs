@@ -262,7 +262,8 @@ fn a_container_that_freezes_a_part_of_itself_is_not_paused() {
     let machine = Machine::start();
     let (_bundle, running) = sleeper(&machine, "c");
     let script = "d=/sys/fs/cgroup/freezer; f=freezer.state; v=FROZEN; [ -d $d ] || { d=/sys/fs/cgroup; f=cgroup.freeze; v=1; }; \
-                  mkdir $d/own; sleep 1000 >/dev/null 2>&1 & echo $! >$d/own/cgroup.procs && echo $v >$d/own/$f";
+                  mkdir $d/own; sleep 1000 >/dev/null 2>&1 & p=$!; \
+                  while [ $(/bin/busybox readlink /proc/$p/fd/2) != /dev/null ]; do :; done; echo $p >$d/own/cgroup.procs && echo $v >$d/own/$f";
     running.exec(script).ok();
     assert_eq!(machine.state("c")["status"], "running");
     assert!(machine.runc(&["resume", "c"]).fails().contains("not paused"));
