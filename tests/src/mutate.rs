@@ -12,7 +12,7 @@ impl Dice {
         Self(seed)
     }
 
-    pub fn next(&mut self) -> u64 {
+    pub fn roll(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut mixed = self.0;
         mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -22,7 +22,7 @@ impl Dice {
 
     /// Below `count`, which is not 0.
     pub fn below(&mut self, count: usize) -> usize {
-        usize::try_from(self.next() % u64::try_from(count.max(1)).unwrap_or(1)).unwrap_or_default()
+        usize::try_from(self.roll() % u64::try_from(count.max(1)).unwrap_or(1)).unwrap_or_default()
     }
 
     fn of<'a, T>(&mut self, some: &'a [T]) -> &'a T {
