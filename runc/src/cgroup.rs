@@ -35,6 +35,7 @@ const OWNED_V2: &[&str] =
     &["", "cgroup.procs", "cgroup.threads", "cgroup.subtree_control", "memory.oom.group", "memory.reclaim"];
 
 mod hierarchy;
+mod swap;
 
 use hierarchy::hierarchies_in;
 pub use hierarchy::{Hierarchy, Kind};
@@ -159,7 +160,7 @@ impl Cgroup {
             let task = nix029::unistd::Pid::from_raw(own.as_raw());
             manager.add_task(task).map_err(|error| CgroupError::Limits(error.to_string()))?;
             self.parent = own_unified_path()?;
-            apply(&manager, resources)?;
+            self.apply(&manager, resources)?;
         }
         // First where every process of this create is born, so that whoever takes it away finds them all there.
         let (anchors, others): (Vec<_>, Vec<_>) = self.hierarchies.iter().partition(|h| h.is_anchor());
@@ -179,7 +180,7 @@ impl Cgroup {
         }
         if self.systemd.is_none() {
             // Before there are children: version 1 takes no device rules after.
-            apply(&self.manager(&Path::new("/").join(&self.parent), id, false)?, resources)?;
+            self.apply(&self.manager(&Path::new("/").join(&self.parent), id, false)?, resources)?;
         }
         for hierarchy in &others {
             let parent = hierarchy.mount.join(&self.parent);
@@ -303,7 +304,7 @@ impl Cgroup {
             None => self.manager(&Path::new("/").join(&self.parent), id, false),
         };
         let shares = mirror::let_go(self, DELEGATED)?;
-        let applied = manager.and_then(|manager| apply(&manager, &resources));
+        let applied = manager.and_then(|manager| self.apply(&manager, &resources));
         let given_back = mirror::give_back(self, DELEGATED, &shares);
         mirror::copy(self, DELEGATED).and(given_back).and(applied)
     }
@@ -348,6 +349,20 @@ impl Cgroup {
         failures
     }
 
+    fn apply(&self, manager: &AnyCgroupManager, resources: &LinuxResources) -> Result<()> {
+        let told = match (manager, self.hierarchies.first()) {
+            (AnyCgroupManager::V2(_), Some(unified)) => {
+                swap::by_name(resources, &unified.mount.join(&self.parent))
+            }
+            _ => None,
+        };
+        let resources = told.as_ref().unwrap_or(resources);
+        let disable_oom_killer = oom::is_to_be_off(resources);
+        let options =
+            ControllerOpt { resources, disable_oom_killer, oom_score_adj: None, freezer_state: None };
+        manager.apply(&options).map_err(|error| CgroupError::Limits(error.to_string()))
+    }
+
     fn manager(&self, path: &Path, id: &str, systemd: bool) -> Result<AnyCgroupManager> {
         let config = CgroupConfig {
             cgroup_path: path.to_owned(),
@@ -356,12 +371,6 @@ impl Cgroup {
         };
         create_cgroup_manager(config).map_err(|error| CgroupError::Limits(error.to_string()))
     }
-}
-
-fn apply(manager: &AnyCgroupManager, resources: &LinuxResources) -> Result<()> {
-    let disable_oom_killer = oom::is_to_be_off(resources);
-    let options = ControllerOpt { resources, disable_oom_killer, oom_score_adj: None, freezer_state: None };
-    manager.apply(&options).map_err(|error| CgroupError::Limits(error.to_string()))
 }
 
 fn own_unified_path() -> Result<PathBuf> {

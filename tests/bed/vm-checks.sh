@@ -82,8 +82,8 @@ has_limits() {
 claim "the limits of a spec, \`unified\` among them, are those of the cgroup" has_limits
 updates() {
     bare update --memory 192m --memory-swap 192m --pids-limit 66 --cpu-quota 30000 $name-bare || return 1
-    local found; found=$(cd "$own" && cat memory.max pids.max cpu.max memory.high | paste -sd' ')
-    [ "$found" = "201326592 66 30000 100000 134217728" ] || { say "limits: $found"; return 1; }
+    local found; found=$(cd "$own" && cat memory.max memory.swap.max pids.max cpu.max memory.high | paste -sd' ')
+    [ "$found" = "201326592 0 66 30000 100000 134217728" ] || { say "limits: $found"; return 1; }
 }
 claim "update changes what it names, and nothing else" updates
 keys() { grep -o '"[A-Za-z_]*":' | sort -u; }
