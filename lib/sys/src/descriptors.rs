@@ -36,23 +36,34 @@ mod tests {
     use std::os::fd::AsRawFd;
     use std::os::unix::net::{UnixListener, UnixStream};
 
+    /// The directory, for the copy of this test that runs in a process of its own.
+    const APART: &str = "SYSBOX_TEST_DESCRIPTORS";
+
     #[test]
     fn files_and_calls_to_others_are_closed_and_the_rest_stays() {
+        if let Some(dir) = std::env::var_os(APART) {
+            std::process::exit(i32::from(!closes_and_keeps(std::path::Path::new(&dir))));
+        }
+        // Here, the test harness's own files are at stake.
         let dir = tempfile::tempdir().unwrap();
-        let listener = UnixListener::bind(dir.path().join("socket")).unwrap();
-        // In a process of its own: here, the test harness's own files are at stake.
-        let child = crate::process::fork_for(|| {
-            let file = std::fs::File::create(dir.path().join("file")).unwrap();
-            let caller = UnixStream::connect(dir.path().join("socket")).unwrap();
-            let (mut one, _other) = UnixStream::pair().unwrap();
-            close_what_exec_would();
-            let open = |number: RawFd| std::fs::read_link(format!("/proc/self/fd/{number}")).is_ok();
-            let gone = !open(file.as_raw_fd()) && !open(caller.as_raw_fd());
-            let there = open(listener.as_raw_fd()) && one.write_all(b"x").is_ok() && open(1);
-            std::mem::forget((file, caller));
-            i32::from(!(gone && there))
-        });
-        let ended = nix::sys::wait::waitpid(child.unwrap(), None).unwrap();
-        assert!(matches!(ended, nix::sys::wait::WaitStatus::Exited(_, 0)), "{ended:?}");
+        let name = "files_and_calls_to_others_are_closed_and_the_rest_stays";
+        let mut apart = std::process::Command::new(std::env::current_exe().unwrap());
+        apart.env(APART, dir.path()).args([name, "--nocapture", "--test-threads=1"]);
+        let said = apart.output().unwrap();
+        assert!(said.status.success(), "{said:?}");
+        assert!(dir.path().join("file").exists(), "it has not run: {said:?}");
+    }
+
+    fn closes_and_keeps(dir: &std::path::Path) -> bool {
+        let listener = UnixListener::bind(dir.join("socket")).unwrap();
+        let file = std::fs::File::create(dir.join("file")).unwrap();
+        let caller = UnixStream::connect(dir.join("socket")).unwrap();
+        let (mut one, _other) = UnixStream::pair().unwrap();
+        close_what_exec_would();
+        let open = |number: RawFd| std::fs::read_link(format!("/proc/self/fd/{number}")).is_ok();
+        let gone = !open(file.as_raw_fd()) && !open(caller.as_raw_fd());
+        let there = open(listener.as_raw_fd()) && one.write_all(b"x").is_ok() && open(1);
+        std::mem::forget((file, caller));
+        gone && there
     }
 }
