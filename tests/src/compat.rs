@@ -162,7 +162,7 @@ pub fn page(rows: &[Row]) -> String {
 
 Printed by `make test-matrix` from the results of its last run (docs/compatibility.tsv): nothing here is written by hand. A row is a
 part of the field, unchanged, that was run in or with a system container. `refused` is meant to be so, with the message that a user
-sees; `fails` is not.
+sees; `fails` is not, and has the message, or whose fault it is where that is known.
 "
     .to_owned();
     let mut sections: Vec<&str> = rows.iter().map(|row| row.section.as_str()).collect();
