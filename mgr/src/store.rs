@@ -132,9 +132,11 @@ impl Store {
         if size > LONGEST_FILE {
             self.replace(&path, &line)?;
         } else if let Err(error) = file.write_all(&line) {
-            // What got into the file is not a line yet; if it cannot be cut off, the next append ends it.
-            if let Err(error) = file.set_len(size) {
-                warn!(path = %path.display(), %error, "ftruncate");
+            // What got into the file is not a line yet; if it cannot be cut off, the next append ends it. A file that holds
+            // nothing else goes: on a full disk it is all that there is of a container that was refused.
+            let undone = if size == 0 { std::fs::remove_file(&path) } else { file.set_len(size) };
+            if let Err(error) = undone {
+                warn!(path = %path.display(), %error, "take back a line that was cut off");
             }
             return Err(failed("append to", &path)(error));
         }

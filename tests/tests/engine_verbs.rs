@@ -346,8 +346,8 @@ fn restart_policies_and_healthchecks() {
         // By nobody's order: as the kernel does when memory runs out.
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(first), nix::sys::signal::Signal::SIGKILL).unwrap();
         until("it to be back", || {
-            let state = container.inspect("{{.State.Running}} {{.RestartCount}} {{.State.Pid}}");
-            (state.starts_with("true 1 ") && !state.ends_with(&format!(" {first}"))).then_some(())
+            let state = container.inspect("{{.State.Status}} {{.RestartCount}} {{.State.Pid}}");
+            (state.starts_with("running 1 ") && !state.ends_with(&format!(" {first}"))).then_some(())
         });
         assert_eq!(container.exec(&[], &["echo", "back"]).ok(), "back");
 
