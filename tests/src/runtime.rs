@@ -226,10 +226,11 @@ impl Machine {
 
     /// sysbox-runc in the background, its errors in a file; it must have ended when [`Later::within`] returns.
     pub fn later(&self, args: &[&str]) -> Later {
-        let path = self.path(&format!("later-{}", NEXT.fetch_add(1, Ordering::Relaxed)));
-        let err = fs::File::create(&path).expect("create a log");
-        let child = self.command().args(args).stdout(Stdio::null()).stderr(err).spawn();
-        Later { child: child.expect("run sysbox-runc"), err: path }
+        // Not below the machine's own directory, whose disk may be full.
+        let err = tempfile::NamedTempFile::new().expect("create a log");
+        let stderr = err.reopen().expect("open the log");
+        let child = self.command().args(args).stdout(Stdio::null()).stderr(stderr).spawn();
+        Later { child: child.expect("run sysbox-runc"), err }
     }
 
     /// A container that runs in the background, with streams of its own.
@@ -349,7 +350,7 @@ impl Drop for Machine {
 #[derive(Debug)]
 pub struct Later {
     child: Child,
-    err: PathBuf,
+    err: tempfile::NamedTempFile,
 }
 
 impl Later {
@@ -368,7 +369,7 @@ impl Later {
             std::thread::sleep(Duration::from_millis(2));
         }
         let code = self.child.wait().expect("wait for our own child").code().unwrap_or(-1);
-        let err = fs::read_to_string(&self.err).unwrap_or_default();
+        let err = fs::read_to_string(self.err.path()).unwrap_or_default();
         Some(Said { code, out: String::new(), err })
     }
 }
