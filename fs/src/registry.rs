@@ -239,6 +239,7 @@ mod tests {
                 allocated: true,
                 bundle: PathBuf::from("/b"),
                 rootfs: Rootfs::Directory { path: PathBuf::from("/r") },
+                layers: None,
                 netns: None,
                 users: None,
                 claims: vec![],

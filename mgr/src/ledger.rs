@@ -176,6 +176,7 @@ impl Ledger {
             allocated,
             bundle: request.bundle.clone(),
             rootfs: request.rootfs.clone(),
+            layers: None,
             netns: request.netns,
             users,
             claims: request.claims.clone(),

@@ -20,24 +20,31 @@ use crate::ledger::{Common, Layer, Seen, process_of};
 pub fn seen(record: &Record) -> Seen {
     Seen {
         alive: process_of(record).is_some_and(is_alive),
-        layer: layer(&record.rootfs),
+        layer: layer(&record.rootfs, record.layers),
         state: record.key.root.join(record.key.id.as_str()).is_dir(),
     }
 }
 
-pub fn layer(rootfs: &Rootfs) -> Layer {
+/// Whether a writable layer is there. `layers` is what [`layers_of`] said when it was.
+pub fn layer(rootfs: &Rootfs, layers: Option<u64>) -> Layer {
     let Rootfs::Overlay { upper, .. } = rootfs else { return Layer::Unknown };
     match std::fs::symlink_metadata(upper) {
         Ok(_) => Layer::Present,
-        // `overlay2/ID/diff`: where even `overlay2` is missing, its file system is not mounted (yet).
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            match upper.parent().and_then(Path::parent) {
-                Some(all_layers) if all_layers.is_dir() => Layer::Gone,
-                _ => Layer::Unknown,
-            }
-        }
+        // Where even the directory of all layers is missing, or is another one, its file system is not mounted (yet).
+        Err(error) if error.kind() == io::ErrorKind::NotFound => match layers_of(rootfs) {
+            Some(now) if layers.is_none_or(|then| then == now) => Layer::Gone,
+            _ => Layer::Unknown,
+        },
         Err(_) => Layer::Unknown,
     }
+}
+
+/// The inode of the directory that has all layers, of `overlay2/ID/diff` that of `overlay2`. It outlives a reboot, which the
+/// number of its device may not.
+pub fn layers_of(rootfs: &Rootfs) -> Option<u64> {
+    let Rootfs::Overlay { upper, .. } = rootfs else { return None };
+    let facts = std::fs::metadata(upper.parent()?.parent()?).ok()?;
+    facts.is_dir().then(|| std::os::unix::fs::MetadataExt::ino(&facts))
 }
 
 /// The namespaces of a process by which containers may have ids in common; `None` where it is gone.
@@ -152,12 +159,17 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let upper = dir.path().join("overlay2/id/diff");
         let rootfs = Rootfs::Overlay { merged: "/m".into(), upper: upper.clone() };
-        assert_eq!(layer(&rootfs), Layer::Unknown);
+        assert_eq!(layer(&rootfs, None), Layer::Unknown);
         std::fs::create_dir_all(&upper).unwrap();
-        assert_eq!(layer(&rootfs), Layer::Present);
+        let layers = layers_of(&rootfs);
+        assert_eq!(layer(&rootfs, layers), Layer::Present);
         std::fs::remove_dir_all(dir.path().join("overlay2/id")).unwrap();
-        assert_eq!(layer(&rootfs), Layer::Gone);
-        assert_eq!(layer(&Rootfs::Directory { path: "/".into() }), Layer::Unknown);
+        assert_eq!(layer(&rootfs, layers), Layer::Gone);
+        // An engine that starts before its disk is mounted makes an empty one.
+        std::fs::rename(dir.path().join("overlay2"), dir.path().join("on-the-disk")).unwrap();
+        std::fs::create_dir(dir.path().join("overlay2")).unwrap();
+        assert_eq!(layer(&rootfs, layers), Layer::Unknown);
+        assert_eq!(layer(&Rootfs::Directory { path: "/".into() }, None), Layer::Unknown);
     }
 
     #[test]

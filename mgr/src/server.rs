@@ -216,7 +216,8 @@ impl Server {
             }
             other => other?,
         };
-        let record = registered.record;
+        let mut record = registered.record;
+        record.layers = observe::layers_of(&record.rootfs);
         match self.watch.process(&record.key, request.runtime) {
             Ok(true) => {}
             Ok(false) => {
@@ -346,7 +347,7 @@ impl Server {
                 self.put(stopped.clone())?;
                 info!(container = %key, why, "stopped: its ids wait for it");
                 // The layer may have gone between the look at it and now; its watch tells only what comes later.
-                if observe::layer(&stopped.rootfs) == Layer::Gone {
+                if observe::layer(&stopped.rootfs, stopped.layers) == Layer::Gone {
                     self.look_again(&key);
                 }
             }

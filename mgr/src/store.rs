@@ -270,6 +270,7 @@ mod tests {
             allocated: true,
             bundle: "/b".into(),
             rootfs: Rootfs::Directory { path: "/r".into() },
+            layers: None,
             netns: None,
             users: None,
             claims: vec![],

@@ -56,9 +56,12 @@ pub fn run(time: &'static str, hooks: &[Hook], state: &Value, env: Option<&[Stri
     Ok(())
 }
 
-/// Gives the hooks of a create that have no environment this process's, as runc does.
+/// Gives the hooks of a create that have no environment this process's, as runc does; without what is no UTF-8, which a hook's
+/// environment cannot be (docs/DIFFERENCES.md).
 pub fn lend_environment(hooks: &mut Hooks) {
-    let own: Vec<String> = std::env::vars().map(|(name, value)| format!("{name}={value}")).collect();
+    let own: Vec<String> = std::env::vars_os()
+        .filter_map(|(name, value)| Some(format!("{}={}", name.to_str()?, value.to_str()?)))
+        .collect();
     let lent = |hooks: &Option<Vec<Hook>>| {
         let mut hooks = hooks.clone();
         for hook in hooks.iter_mut().flatten().filter(|hook| hook.env().is_none()) {

@@ -3,12 +3,14 @@
 //! that `carry` wrote. The merged view would not do: the outer overlay takes the inner layers' whiteouts for its own and hides
 //! them (docs/decisions/0003-data-roots.md).
 
+use std::cell::Cell;
 use std::collections::HashSet;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat2};
@@ -45,11 +47,37 @@ pub fn open_in_layer(layer: &Path, path: &Path, flags: OFlag) -> sysbox_sys::Res
 
 /// Set on the directory in the container's own layer when everything is there: a copy that was cut off is begun again.
 const DONE: &std::ffi::CStr = c"trusted.sysbox.preloaded";
-/// What is not whole yet, beside the layer.
-const FRESH: &str = "sysbox-preload";
+/// What is not whole yet, beside the layer or the volume. No volume has such a name.
+const FRESH: &str = ".sysbox-preload";
 const OPAQUE: &std::ffi::CStr = c"trusted.overlay.opaque";
-/// The largest list that is read: a million files or so.
+/// The largest list that is read, in bytes and in lines; a list comes with an image, and is held in memory.
 const LONGEST_LIST: u64 = 256 << 20;
+const MOST_LINES: u64 = 2_000_000;
+
+/// What all lists of a data root together may cost: an image decides how many there are.
+#[derive(Debug)]
+struct Budget {
+    lines: Cell<u64>,
+    until: Instant,
+}
+
+impl Budget {
+    fn new() -> Self {
+        Self { lines: Cell::new(4 * MOST_LINES), until: Instant::now() + Duration::from_secs(1800) }
+    }
+
+    fn spend_line(&self) -> sysbox_sys::Result<()> {
+        let Some(left) = self.lines.get().checked_sub(1) else {
+            return Err(broken(format!("{}: lists of too many lines", list::NAME)));
+        };
+        self.lines.set(left);
+        // A look at the clock for each line would cost more than most lines.
+        if left.is_multiple_of(1024) && Instant::now() > self.until {
+            return Err(broken(format!("{}: its lists take too long", list::NAME)));
+        }
+        Ok(())
+    }
+}
 
 /// Brings what the image holds of a data root into `target`, the directory of the container's own layer, once, from `lowers`,
 /// the topmost first. `beside` is a directory of the engine's on the same file system, which only the host's root may enter.
@@ -70,14 +98,15 @@ pub fn bring(
         return carry::forget(target).map(|()| Vec::new());
     }
     let mut warnings = Vec::new();
-    let parts = parts(lowers, path)?;
+    let budget = Budget::new();
+    let parts = parts(lowers, path, &budget)?;
     if !parts.is_empty() {
         let what = || format!("bring {} of the image", path.display());
         let around = File::open(beside).named(what)?;
         remove(around.as_fd(), FRESH.as_ref())?;
         std::fs::DirBuilder::new().mode(0o700).create(beside.join(FRESH)).named(what)?;
         let into = open_beneath(around.as_fd(), Path::new(FRESH), OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;
-        let filled = fill(&parts, into.as_fd(), path, &mut warnings)
+        let filled = fill(&parts, into.as_fd(), path, &budget, &mut warnings)
             .and_then(|()| carry::forget(into.as_fd()))
             .and_then(|()| move_all(into.as_fd(), target));
         let removed = remove(around.as_fd(), FRESH.as_ref());
@@ -101,12 +130,12 @@ fn move_all(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> sysbox_sys::Result<()> 
 }
 
 /// The directories of the layers that have a part in the data root, the lowest first.
-fn parts(lowers: &[PathBuf], path: &Path) -> sysbox_sys::Result<Vec<OwnedFd>> {
+fn parts(lowers: &[PathBuf], path: &Path, budget: &Budget) -> sysbox_sys::Result<Vec<OwnedFd>> {
     let mut parts = Vec::new();
     for lower in lowers {
         let ends_here = hides_lower(lower, path)?;
         if let Some(part) = open_in_layer(lower, path, OFlag::O_RDONLY)? {
-            let is_whole = is_whole(part.as_fd())?;
+            let is_whole = is_whole(part.as_fd(), budget)?;
             if !names(part.as_fd())?.is_empty() || is_whole {
                 parts.push(part);
             }
@@ -145,9 +174,9 @@ fn hides_lower(layer: &Path, path: &Path) -> sysbox_sys::Result<bool> {
 
 /// Whether the layer has everything that was there when its list was written. One that an engine made by comparing has only
 /// what changed.
-fn is_whole(part: BorrowedFd<'_>) -> sysbox_sys::Result<bool> {
+fn is_whole(part: BorrowedFd<'_>, budget: &Budget) -> sysbox_sys::Result<bool> {
     let mut is_whole = true;
-    let read = read_list(part, &mut |entry| {
+    let read = read_list(part, budget, &mut |entry| {
         let archived = entry.kind == Kind::Archived && !entry.path.as_os_str().is_empty();
         is_whole = is_whole
             && (!archived || open_beneath(part, &entry.path, OFlag::O_PATH | OFlag::O_NOFOLLOW).is_ok());
@@ -160,6 +189,7 @@ fn is_whole(part: BorrowedFd<'_>) -> sysbox_sys::Result<bool> {
 /// Tells of each line of the list in `dir`. `false`: there is no list.
 fn read_list(
     dir: BorrowedFd<'_>,
+    budget: &Budget,
     tell: &mut dyn FnMut(Entry) -> sysbox_sys::Result<()>,
 ) -> sysbox_sys::Result<bool> {
     let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
@@ -175,8 +205,14 @@ fn read_list(
     let mut reader = BufReader::with_capacity(1 << 16, file);
     let mut line = Vec::new();
     let mut is_first = true;
+    let mut lines = 0;
     loop {
         line.clear();
+        lines += 1;
+        budget.spend_line()?;
+        if lines > MOST_LINES {
+            return Err(broken(format!("{}: more than {MOST_LINES} lines", list::NAME)));
+        }
         let most = u64::try_from(list::LONGEST_LINE).unwrap_or(u64::MAX);
         let count = reader.by_ref().take(most).read_until(b'\n', &mut line);
         if count.named(|| format!("read({})", list::NAME))? == 0 {
@@ -201,9 +237,10 @@ fn fill(
     parts: &[OwnedFd],
     into: BorrowedFd<'_>,
     path: &Path,
+    budget: &Budget,
     warnings: &mut Vec<String>,
 ) -> sysbox_sys::Result<()> {
-    let began = std::time::Instant::now();
+    let began = Instant::now();
     tracing::info!(data_root = %path.display(), layers = parts.len(), "inner images of the image: the first start copies them");
     let mut copied = Copied::nothing();
     for (number, part) in parts.iter().enumerate() {
@@ -219,17 +256,17 @@ fn fill(
             ));
         };
         if number > 0
-            && let Err(error) = prune(into)
+            && let Err(error) = prune(into, budget)
         {
             wrong(Path::new("deleted files"), error);
         }
-        if let Err(error) = put_back(into, into) {
+        if let Err(error) = put_back(into, into, budget) {
             wrong(Path::new("."), error);
         }
         for tree in &copied.trees {
             let home = open_beneath(into, tree.parent().unwrap_or(Path::new("")), OFlag::O_RDONLY)?;
             let files = open_beneath(into, tree, OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;
-            if let Err(error) = put_back(home.as_fd(), files.as_fd()) {
+            if let Err(error) = put_back(home.as_fd(), files.as_fd(), budget) {
                 wrong(tree, error);
             }
         }
@@ -241,9 +278,9 @@ fn fill(
 
 /// Takes away what was no more there when the list was written: of a layer that has only what changed, the rest came from
 /// lower ones.
-fn prune(into: BorrowedFd<'_>) -> sysbox_sys::Result<()> {
+fn prune(into: BorrowedFd<'_>, budget: &Budget) -> sysbox_sys::Result<()> {
     let mut listed: HashSet<PathBuf> = HashSet::from([PathBuf::new(), PathBuf::from(list::NAME)]);
-    let has_list = read_list(into, &mut |entry| {
+    let has_list = read_list(into, budget, &mut |entry| {
         listed.insert(entry.path);
         Ok(())
     })?;
@@ -251,7 +288,7 @@ fn prune(into: BorrowedFd<'_>) -> sysbox_sys::Result<()> {
         return Ok(());
     }
     let mut gone = Vec::new();
-    let far = std::time::Instant::now() + std::time::Duration::from_secs(3600);
+    let far = Instant::now() + Duration::from_secs(3600);
     walk(into, far, &mut |entry, _| {
         // The lists of inner layers are beside their files, and written after this one.
         let is_list = entry.path.file_name() == Some(list::NAME.as_ref());
@@ -270,9 +307,9 @@ fn prune(into: BorrowedFd<'_>) -> sysbox_sys::Result<()> {
 }
 
 /// Puts back what the list in `home` says of the files below `base`.
-fn put_back(home: BorrowedFd<'_>, base: BorrowedFd<'_>) -> sysbox_sys::Result<()> {
+fn put_back(home: BorrowedFd<'_>, base: BorrowedFd<'_>, budget: &Budget) -> sysbox_sys::Result<()> {
     let mut late = Vec::new();
-    read_list(home, &mut |entry| {
+    read_list(home, budget, &mut |entry| {
         if let Some(times) = put_one_back(base, &entry)? {
             late.push((entry.path, times));
         }

@@ -38,7 +38,7 @@ fn what_the_topmost_layer_holds_comes_as_it_lies() {
     assert_eq!(std::fs::metadata(target.join("a")).unwrap().uid(), 77);
     let copied = std::fs::symlink_metadata(target.join("overlay2/x/diff/gone")).unwrap();
     assert!(copied.file_type().is_char_device() && copied.rdev() == 0);
-    assert!(!dir.path().join("sysbox-preload").exists());
+    assert!(!dir.path().join(".sysbox-preload").exists());
 }
 
 #[test]
@@ -206,13 +206,13 @@ fn a_copy_that_was_cut_off_is_begun_again() {
         write(&lowers[0].join("var/lib/docker").join(name), "whole");
     }
     // Killed while it moved what was whole: one is there already, another not.
-    write(&dir.path().join("sysbox-preload/b"), "hal");
+    write(&dir.path().join(".sysbox-preload/b"), "hal");
     write(&dir.path().join("target/a"), "whole");
     let target = bring_all(&dir, &lowers);
     for name in ["a", "b", "c"] {
         assert_eq!(std::fs::read_to_string(target.join(name)).unwrap(), "whole");
     }
-    assert!(!dir.path().join("sysbox-preload").exists());
+    assert!(!dir.path().join(".sysbox-preload").exists());
 }
 
 #[test]

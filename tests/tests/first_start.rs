@@ -118,7 +118,7 @@ fn a_kill_in_the_middle_leaves_nothing_that_is_not_whole() {
             .spawn()
             .unwrap();
         let deadline = Instant::now() + Duration::from_secs(60);
-        while files(place.join("x/sysbox-preload/many")) < at_least {
+        while files(place.join("x/.sysbox-preload/many")) < at_least {
             assert!(Instant::now() < deadline, "no copy of {at_least} files was seen");
             assert!(create.try_wait().unwrap().is_none(), "it was done before {at_least} files were seen");
         }
@@ -138,6 +138,6 @@ fn a_kill_in_the_middle_leaves_nothing_that_is_not_whole() {
     assert!(
         fs::read(root.join("large")).unwrap() == fs::read(place.join("low/var/lib/docker/large")).unwrap()
     );
-    assert!(!place.join("x/sysbox-preload").exists());
+    assert!(!place.join("x/.sysbox-preload").exists());
     sh(&format!("umount {}", bundle.rootfs().display()));
 }

@@ -130,6 +130,7 @@ pub(crate) fn record(id: &str, slot: u32, init: Process) -> Record {
         allocated: true,
         bundle: PathBuf::from("/bundle"),
         rootfs: Rootfs::Directory { path: PathBuf::from("/rootfs") },
+        layers: None,
         netns: None,
         users: None,
         claims: Vec::new(),

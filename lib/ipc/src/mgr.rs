@@ -253,6 +253,10 @@ pub struct Record {
     pub allocated: bool,
     pub bundle: PathBuf,
     pub rootfs: Rootfs,
+    /// The inode of the directory that has the engine's layers, this container's among them. Another directory in its place (an
+    /// empty one on which a disk is not mounted yet) says nothing of whether the layer is gone.
+    #[serde(default)]
+    pub layers: Option<u64>,
     pub netns: Option<FileId>,
     /// Its user namespace, as far as it is known.
     #[serde(default)]

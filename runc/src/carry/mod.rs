@@ -76,12 +76,15 @@ pub fn record(carried: &Carried) -> Vec<String> {
 }
 
 /// Takes the list of a data root away: it is true only as long as nobody writes there. Those of inner layers stay, as they
-/// say nothing of what is not there.
+/// say nothing of what is not there. A directory of that name is not ours.
 ///
 /// # Errors
 /// As unlinkat(2), but for a list that is not there.
 pub fn forget(root: BorrowedFd<'_>) -> Result<()> {
-    copy::remove(root, list::NAME.as_ref())
+    match nix::unistd::unlinkat(root, list::NAME, nix::unistd::UnlinkatFlags::NoRemoveDir) {
+        Ok(()) | Err(Errno::ENOENT | Errno::EISDIR) => Ok(()),
+        Err(errno) => Err(errno).named(|| format!("unlink({})", list::NAME)),
+    }
 }
 
 /// As [`forget`], of all of a container's. Returns what failed.

@@ -12,6 +12,9 @@ use crate::plan::options::Flags;
 use crate::plan::{LayerRoot, PlanError, Volume};
 use crate::survey::Ground;
 
+/// A name in a file system has 255 bytes.
+const MOST_NAME: usize = 255;
+
 impl Planner<'_> {
     /// Data roots, each on a file system that can hold the upper layer of an overlay, which an overlay cannot.
     pub(super) fn data_roots(&mut self, asked: &[Mount], volumes: &Path) -> Result<(), PlanError> {
@@ -37,7 +40,8 @@ impl Planner<'_> {
             let unusable = survey.unusable_roots.contains(&path);
             if let Some(told_by) = told_by {
                 let link = || unusable.then_some("the image has a link or a file there, or on the way");
-                if let Some(why) = elsewhere::why_not(&path, DATA_ROOTS).or_else(link) {
+                let long = || (volume_name(&path).len() > MOST_NAME).then_some("it is too long for a name");
+                if let Some(why) = elsewhere::why_not(&path, DATA_ROOTS).or_else(link).or_else(long) {
                     return Err(PlanError::DataRoot { path, told_by, why });
                 }
             } else if unusable {
@@ -66,7 +70,7 @@ impl Planner<'_> {
     }
 
     fn volume(&mut self, path: PathBuf, volumes: &Path) {
-        let name = path.to_string_lossy().trim_start_matches('/').replace('/', "-");
+        let name = volume_name(&path);
         let host = volumes.join(&name);
         let number = self.number();
         self.done.mounts.push(mount(&path, "bind", self.stage.bind(number), &["bind"]));
@@ -82,5 +86,36 @@ impl Planner<'_> {
             place: Place::Staged(number),
         });
         self.done.volumes.push(Volume { path, name, host });
+    }
+}
+
+/// A name for each path, and no name for two: as systemd-escape(1) makes them.
+fn volume_name(path: &Path) -> String {
+    let text = path.to_string_lossy();
+    let mut name = String::new();
+    for (at, character) in text.trim_start_matches('/').chars().enumerate() {
+        match character {
+            '/' => name.push('-'),
+            '-' | '\\' => name.push_str(&format!("\\x{:02x}", u32::from(character))),
+            '.' if at == 0 => name.push_str("\\x2e"),
+            other => name.push(other),
+        }
+    }
+    name
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_two_data_roots_have_one_volume() {
+        let name = |path: &str| volume_name(Path::new(path));
+        assert_eq!(name("/var/lib/docker"), "var-lib-docker");
+        let paths =
+            ["/var/lib/docker", "/var-lib/docker", "/var/lib-docker", "/var\\x2dlib/docker", "/.a", "/x/.a"];
+        let names: std::collections::BTreeSet<String> = paths.iter().map(|path| name(path)).collect();
+        assert_eq!(names.len(), paths.len(), "{names:?}");
+        assert!(names.iter().all(|name| !name.starts_with('.') && !name.contains('/')), "{names:?}");
     }
 }
