@@ -1,7 +1,8 @@
 //! Hooks that run after the create: startContainer (in the container, by init), poststart and poststop. Those of a create
-//! are libcontainer's to run.
+//! are libcontainer's to run, prestart and createRuntime by way of this program, which takes them to their directory.
 
 use std::collections::HashMap;
+use std::ffi::OsString;
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
@@ -75,6 +76,41 @@ pub fn lend_environment(hooks: &mut Hooks) {
     #[allow(deprecated)] // as above
     hooks.set_prestart(prestart);
     hooks.set_create_runtime(runtime).set_create_container(container);
+}
+
+/// The name by which this program is called to take a hook to its directory.
+pub const IN_DIRECTORY: &str = "sysbox-runc-hook";
+
+/// Has the hooks that run outside of the container run in `dir`, though the process that runs them is elsewhere
+/// (`launch.rs` says why): each by way of [`in_directory`], which costs an exec.
+pub fn run_in(hooks: &mut Hooks, dir: &str) {
+    let moved = |hooks: &Option<Vec<Hook>>| {
+        let mut hooks = hooks.clone();
+        for hook in hooks.iter_mut().flatten() {
+            let path = hook.path().display().to_string();
+            let own =
+                hook.args().clone().filter(|args| !args.is_empty()).unwrap_or_else(|| vec![path.clone()]);
+            let mut args = vec![IN_DIRECTORY.to_owned(), dir.to_owned(), path];
+            args.extend(own);
+            hook.set_path("/proc/self/exe".into()).set_args(Some(args));
+        }
+        hooks
+    };
+    #[allow(deprecated)] // the specification's, and engines still give it
+    let prestart = moved(hooks.prestart());
+    let runtime = moved(hooks.create_runtime());
+    #[allow(deprecated)] // as above
+    hooks.set_prestart(prestart);
+    hooks.set_create_runtime(runtime);
+}
+
+/// Becomes the hook: `args` are the directory, the program, and its arguments from the name on. Returns if it cannot.
+pub fn in_directory(mut args: impl Iterator<Item = OsString>) -> String {
+    let (Some(dir), Some(path), Some(name)) = (args.next(), args.next(), args.next()) else {
+        return format!("{IN_DIRECTORY}: directory, program and name");
+    };
+    let why = Command::new(&path).arg0(name).args(args).current_dir(dir).exec();
+    format!("fork/exec {}: {}", Path::new(&path).display(), crate::bundle::reason(&why))
 }
 
 fn run_one(hook: &Hook, state: &str, env: Option<&[String]>) -> Result<(), String> {

@@ -203,7 +203,7 @@ impl Launch<'_> {
             .map_err(|e| step("container state")(&e))?;
         container.set_annotations(self.spec.annotations().clone());
         container.state.oci_version = SPEC_VERSION.to_owned();
-        let (mut spec, mut init) = (self.spec, self.init);
+        let (mut spec, mut init, mut dir) = (self.spec, self.init, Path::new("/"));
         if let Some(mut hooks) = spec.hooks().clone() {
             // As createContainer hooks see it; those of the runtime are told the host's.
             container.state.pid = has_own_pids(&spec).then_some(1);
@@ -213,6 +213,14 @@ impl Launch<'_> {
             init.hooks = hooks.start_container().clone().unwrap_or_default();
             hooks.set_start_container(None);
             hooks::lend_environment(&mut hooks);
+            // runc runs them in the bundle. libcontainer's path library tries openat2(2) on the working directory when a
+            // lookup fails, and takes EACCES to mean that the kernel has none: from an engine's bundle (0700) a container's
+            // mounts then cost 12 ms. Hooks of the container's own namespaces can be in the bundle by inheritance alone.
+            let inherited = hooks.create_container().as_ref().is_some_and(|hooks| !hooks.is_empty());
+            match self.bundle.to_str() {
+                Some(bundle) if !inherited => hooks::run_in(&mut hooks, bundle),
+                _ => dir = self.bundle,
+            }
             spec.set_hooks(Some(hooks));
         }
         let args = ContainerArgs {
@@ -240,10 +248,6 @@ impl Launch<'_> {
             as_sibling: true,
             pid_file: None,
         };
-        // libcontainer's path library tries openat2(2) on the working directory when a lookup fails, and takes EACCES to
-        // mean that the kernel has none: from an engine's bundle (0700) every mount then cost some 700 system calls.
-        // Hooks are run in the bundle, as by runc, and that is worth it.
-        let dir = if args.spec.hooks().is_some() { self.bundle } else { Path::new("/") };
         std::env::set_current_dir(dir).map_err(|e| step(&format!("chdir {}", dir.display()))(&e))?;
         // Processes in namespaces that we join must not be able to look into us (CVE-2016-9962).
         nix::sys::prctl::set_dumpable(false).map_err(|e| step("prctl(PR_SET_DUMPABLE)")(&e))?;

@@ -139,6 +139,32 @@ fn hooks_run_at_their_times_in_their_namespaces_with_the_state() {
 }
 
 #[test]
+fn hooks_of_the_runtime_are_in_the_bundle_with_their_own_arguments_as_with_runc() {
+    // As with engines: a bundle that root alone can enter, and no hook in the container's own namespaces.
+    let pair = Pair::new(&["/bin/true"]);
+    let script = r#"{ pwd; echo "$0" "$@"; tr '\0' '+' </proc/$$/cmdline; env | sort; } >>"$1""#;
+    for side in [&pair.ours, &pair.runcs] {
+        let file = side.dir.join("told");
+        fs::set_permissions(&side.bundle.dir, fs::Permissions::from_mode(0o700)).unwrap();
+        side.bundle.edit(|config| {
+            for time in TIMES[..2].iter().chain(["poststart", "poststop"].iter()) {
+                let args = json!(["a name", "-c", script, "", file, "two words", "", "-c"]);
+                config["hooks"][time] =
+                    json!([{"path": "/bin/sh", "args": args, "env": ["PATH=/bin:/usr/bin", "A=a b"]}]);
+            }
+        });
+    }
+    pair.both_ok("run -b {b} {id}");
+    let [ours, runcs] = [&pair.ours, &pair.runcs].map(|side| {
+        let told = fs::read_to_string(side.dir.join("told")).unwrap();
+        told.replace(&side.bundle.dir.display().to_string(), "{b}")
+            .replace(&side.dir.display().to_string(), "{d}")
+    });
+    assert_eq!(ours.matches("\nPWD={b}\n").count(), 4, "{ours}");
+    assert_eq!(ours, runcs);
+}
+
+#[test]
 fn a_failing_hook_fails_what_it_fails_with_runc_and_leaves_nothing() {
     let pair = Pair::new(&["/bin/sleep", "1000"]);
     let fail = json!([{"path": "/bin/sh", "args": ["sh", "-c", "echo why >&2; exit 3"]}]);
