@@ -12,16 +12,28 @@ use nix::errno::Errno;
 
 use crate::cgroup::{Cgroup, CgroupError, Hierarchy, Kind, io};
 use crate::nested::{self, Step};
+use crate::oom;
 
 type Result<T> = std::result::Result<T, CgroupError>;
 
-/// Limits that are a file with one line, by controller of version 1, in an order in which they may be raised.
+/// Limits by controller of version 1, in an order in which they may be raised.
 const V1: &[(&str, &[&str])] = &[
-    ("memory", &["memory.memsw.limit_in_bytes", "memory.limit_in_bytes"]),
+    (
+        "memory",
+        &[
+            "memory.memsw.limit_in_bytes",
+            "memory.limit_in_bytes",
+            "memory.soft_limit_in_bytes",
+            // The child reaches its limit first, and then its own switch is what counts.
+            oom::CONTROL,
+        ],
+    ),
     ("cpu", &["cpu.cfs_period_us", "cpu.cfs_quota_us"]),
     ("pids", &["pids.max"]),
 ];
-const V2: &[&str] = &["memory.max", "memory.swap.max", "cpu.max", "pids.max"];
+/// What is promised to the parent alone (memory.min, memory.low) is no promise to its child.
+const V2: &[&str] =
+    &["memory.max", "memory.swap.max", "memory.high", "memory.min", "memory.low", "cpu.max", "pids.max"];
 
 /// Shares of the processor that cgroups below the parent had, each by its inode: [`let_go`] took them away.
 #[derive(Debug, Default)]
@@ -100,7 +112,10 @@ fn limits_of(hierarchy: &Hierarchy) -> Vec<&'static [&'static str]> {
 }
 
 fn copy_files(files: &[&str], parent: &Path, child: &Path) -> Result<()> {
-    let read = |dir: &Path, file: &str| fs::read_to_string(dir.join(file)).ok();
+    let read = |dir: &Path, file: &str| {
+        let text = fs::read_to_string(dir.join(file)).ok()?;
+        Some(if file == oom::CONTROL { oom::switch(&text).to_owned() } else { text })
+    };
     let write = |file: &&str| match (read(parent, file), read(child, file)) {
         (Some(wanted), Some(has)) if wanted != has => write_if_there(child, file, wanted.trim()),
         _ => Ok(()),

@@ -55,12 +55,12 @@ start_daemons() {
     local level=() mgr=() fs=()
     [ -z "${LOG_LEVEL:-}" ] || level=(--log-level "$LOG_LEVEL")
     read -ra mgr <<<"${EXTRA_MGR_ARGS:-}"
-    # The range in /etc/subuid belongs to one manager, the user's; every other bed has files and ids of its own: 64
+    # The range in /etc/subuid belongs to one manager, the user's; every other bed has files and ids of its own: 128
     # containers in one of 64 places below that range.
     if [ "$BED" != dev ]; then
         make_dir data "$BED_HOME/etc"
         local place=$(($(printf %s "$BED" | cksum | cut -d' ' -f1) % 64))
-        mgr+=(--subid-files "$BED_HOME/etc" --subid-range "$((1610612736 + place * 4194304)):4194304")
+        mgr+=(--subid-files "$BED_HOME/etc" --subid-range "$((1342177280 + place * 8388608)):8388608")
     fi
     read -ra fs <<<"${EXTRA_FS_ARGS:-}"
     # The manager first: sysbox-fs finds there what an earlier sysbox-fs left in its keeping.

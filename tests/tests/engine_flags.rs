@@ -181,12 +181,27 @@ fn block_weight_is_what_the_engine_and_the_kernel_make_of_it_with_runc() {
 
 #[test]
 fn an_oom_killer_that_is_off_stays_off_over_an_update() {
-    let container = Container::waiting(BUSYBOX, &["--memory", "64m", "--oom-kill-disable"]);
+    let flags = ["--memory", "64m", "--memory-reservation", "48m", "--oom-kill-disable"];
+    let container = Container::waiting(BUSYBOX, &flags);
+    // Of its own cgroup, which is below the one that the engine names and reaches its limit first.
+    let inside = || {
+        let said = container.sh(
+            "cd /sys/fs/cgroup; head -n 1 memory/memory.oom_control memory/memory.soft_limit_in_bytes 2>&1 || cat memory.low",
+        );
+        said.split_whitespace().map(str::to_owned).collect::<Vec<_>>().join(" ")
+    };
+    let switched_off = inside();
+    assert!(
+        switched_off.contains("oom_kill_disable 1") && switched_off.contains("50331648")
+            || switched_off.ends_with("50331648"),
+        "{switched_off}"
+    );
     docker(["update", "--cpu-shares", "300", &container.name]).ok();
     docker(["update", "--memory", "96m", "--memory-swap", "96m", &container.name]).ok();
     for (_, text) in limit_of(&container, ["memory.oom_control", ""]) {
         assert!(text.starts_with("oom_kill_disable 1\n"), "{text}");
     }
+    assert_eq!(inside(), switched_off);
     for (_, text) in limit_of(&container, ["memory.limit_in_bytes", "memory.max"]) {
         assert_eq!(text, "100663296\n");
     }

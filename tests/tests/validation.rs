@@ -29,15 +29,11 @@ const EXCEPTIONS: &[(&str, &str, &str)] = &[
         "namespaces of a process of the host: refused, or not the container's to mount",
     ),
     (
-        "linux_cgroups_relative_memory",
-        "memory reservation",
-        "is on the cgroup above the one that the program looks at",
+        "linux_rootfs_propagation",
+        "root propagation: slave",
+        "an engine asks it for every container, and the root of a machine is shared inside (DIFFERENCES)",
     ),
-    ("linux_cgroups_relative_memory", "memory oom", NO_OOM),
-    ("linux_cgroups_memory", "memory oom", NO_OOM),
 ];
-
-const NO_OOM: &str = "not done: memory.disableOOMKiller is not applied yet";
 
 /// Without `VALIDATION=all` (some three minutes): those that need nothing of the host, and differ from one another.
 const FEW: &[&str] = &[
@@ -140,8 +136,11 @@ fn no_program_finds_more_wrong_than_with_runc() {
         let excepted = |check: &String| {
             EXCEPTIONS.iter().any(|(of, word, _)| (of.is_empty() || *of == name) && check.contains(word))
         };
+        // Of a program whose container runc cannot make (process_rlimits: it runs out of the memory that it limits) it
+        // passes nothing.
+        let runs_there = other.passed + other.failed.len() > 0;
         let found: Vec<&String> =
-            one.failed.difference(&other.failed).filter(|check| !excepted(check)).collect();
+            one.failed.difference(&other.failed).filter(|check| runs_there && !excepted(check)).collect();
         let known = one.failed.iter().any(excepted) || excepted(&String::new());
         let fewer = one.passed + one.failed.len() < other.passed + other.failed.len() && !known;
         eprintln!(
