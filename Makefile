@@ -7,6 +7,7 @@
 #   make build check test bench
 #   make test-matrix      every part of the field that is tried inside; prints docs/COMPATIBILITY.md (long). PARTS=text: some of them
 #   make test-engines     the outer engines among them alone
+#   make fuzz             searches for a config.json that does harm, by coverage; SECONDS_OF_FUZZ=60
 #   make test-vm VM=path/to/vm [KERNEL=bookworm|trixie|sid]
 #   make test-bare        what README.md says, in a Debian 12 that was just made and has nothing
 #
@@ -16,12 +17,12 @@ BED ?= dev
 SUITE ?= bookworm
 export BED SUITE
 
-.PHONY: help demo up env images down build check test bench test-matrix test-engines test-vm test-bare
+.PHONY: help demo up env images down build check test bench fuzz test-matrix test-engines test-vm test-bare
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
-demo up down env test-vm:
+demo up down env fuzz test-vm:
 	@tests/bed/$@.sh
 
 images:

@@ -1,6 +1,7 @@
 //! The bundle on disk: reads config.json and refuses what no runtime could run, naming the place by JSON pointer.
 //! Knows nothing of this host.
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxNamespaceType, Process, Spec};
@@ -8,7 +9,7 @@ use serde_json::Value;
 
 use crate::fields;
 
-/// A config.json above this many bytes is refused unread.
+/// A config.json above this many bytes is refused; no more is read.
 const MAX_CONFIG: u64 = 16 * 1024 * 1024;
 
 #[derive(Debug, thiserror::Error)]
@@ -92,17 +93,20 @@ fn refuse(document: &Value) -> Result<(), BundleError> {
 
 fn read_text(path: &Path) -> Result<Vec<u8>, BundleError> {
     let path = path.to_owned();
-    let length = match std::fs::metadata(&path) {
-        Ok(facts) => facts.len(),
+    let file = match std::fs::File::open(&path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound && path.ends_with("config.json") => {
             return Err(BundleError::NoConfig);
         }
-        Err(source) => return Err(BundleError::Read { path, source }),
+        opened => opened,
     };
-    if length > MAX_CONFIG {
-        return Err(BundleError::TooLong { path });
+    // Not by its size: it may be a pipe, as with runc, and a device has no end.
+    let mut text = Vec::new();
+    let read = file.and_then(|file| file.take(MAX_CONFIG + 1).read_to_end(&mut text));
+    match read {
+        Ok(length) if u64::try_from(length).is_ok_and(|length| length <= MAX_CONFIG) => Ok(text),
+        Ok(_) => Err(BundleError::TooLong { path }),
+        Err(source) => Err(BundleError::Read { path, source }),
     }
-    std::fs::read(&path).map_err(|source| BundleError::Read { path, source })
 }
 
 /// What it says, and the document itself: the types know not all that may stand in it.
@@ -284,6 +288,17 @@ mod tests {
         assert!(text.starts_with("config.json: /mounts/0/options: invalid type: string \"ro\""), "{text}");
         let text = refusal("{\"ociVersion\": ");
         assert!(text.contains("EOF while parsing"), "{text}");
+    }
+
+    #[test]
+    fn a_config_without_an_end_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(
+            read(dir.path()).unwrap_err().to_string(),
+            "JSON specification file config.json not found"
+        );
+        std::os::unix::fs::symlink("/dev/zero", dir.path().join("config.json")).unwrap();
+        assert!(matches!(read(dir.path()), Err(BundleError::TooLong { .. })));
     }
 
     #[test]

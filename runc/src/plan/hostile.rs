@@ -1,13 +1,8 @@
 //! Many thousands of config.json with a fault in any of their fields: none may do more than be refused, in one line that
 //! names the place. `SYSBOX_SEED` repeats a run, `SYSBOX_ROUNDS` makes it longer.
 
-#[path = "../../../tests/src/mutate.rs"]
-mod mutate;
-
-use super::*;
-use mutate::{Dice, every_field, merge};
-use serde_json::{Value, json};
-use std::path::Component;
+use super::judged::mutate::{self, Dice};
+use super::judged::{base, judged, names_a_place};
 use std::time::{Duration, Instant};
 
 /// Fixed, so that a run that failed fails again.
@@ -18,54 +13,6 @@ const LIMIT: Duration = Duration::from_secs(20);
 
 fn number(name: &str, otherwise: u64) -> u64 {
     std::env::var(name).map_or(otherwise, |text| text.parse().expect(name))
-}
-
-fn base() -> Value {
-    let bind = |to: &str, from: &str| json!({"destination": to, "type": "bind", "source": from, "options": ["rbind", "ro"]});
-    let mut base = json!({
-        "ociVersion": "1.0.2",
-        "root": {"path": "rootfs", "readonly": false},
-        "process": {"args": ["sh"], "cwd": "/", "env": ["A=b"], "user": {"uid": 0, "gid": 0}},
-        "mounts": [
-            {"destination": "/proc", "type": "proc", "source": "proc"},
-            {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro"]},
-            {"destination": "/t", "type": "tmpfs", "source": "tmpfs", "options": ["size=64k", "mode=755"]},
-            bind("/a", "/h/a"), bind("/a/b", "/h/b"), bind("/etc/hosts", "/h/file"),
-        ],
-        "linux": {"namespaces": [{"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "network"}]},
-    });
-    merge(&mut base, &Value::Object(every_field()));
-    base
-}
-
-/// Whether an error says where in the document: by a pointer that begins with one of its fields, or the one that the parser
-/// was at.
-fn names_a_place(error: &str) -> bool {
-    const FIELDS: &[&str] = &[
-        "/ociVersion",
-        "/process",
-        "/root",
-        "/linux",
-        "/mounts",
-        "/hooks",
-        "/hostname",
-        "/domainname",
-        "/annotations",
-        "/uidMappings",
-        "/vm",
-        "/solaris",
-        "/windows",
-        "/zos",
-    ];
-    FIELDS.iter().any(|field| error.contains(field)) || error.starts_with("config.json: /")
-}
-
-fn stays_inside(plan: &Plan) -> bool {
-    let stays =
-        |path: &Path| path.is_absolute() && !path.components().any(|part| part == Component::ParentDir);
-    plan.targets.iter().all(|target| stays(&target.path))
-        && plan.spec.mounts().iter().flatten().all(|mount| stays(mount.destination()))
-        && plan.nodes.iter().all(|node| node.path.starts_with("/dev") && stays(&node.path))
 }
 
 #[test]
@@ -106,15 +53,4 @@ fn a_fault_in_any_field_is_refused_in_one_line_that_names_it() {
     }
     // Both sides of the border are visited.
     assert!(refused > rounds / 10 && planned > rounds / 20, "refused {refused}, planned {planned}");
-}
-
-fn judged(text: &[u8]) -> Result<bool, String> {
-    let (spec, _) =
-        crate::bundle::parse(Path::new("config.json"), text).map_err(|error| error.to_string())?;
-    own_map(&spec).map_err(|error| error.to_string())?;
-    let plan = super::tests::planned(spec).map_err(|error| error.to_string())?;
-    if let Some(profile) = &plan.seccomp {
-        crate::filter::compile(profile).map_err(|error| error.to_string())?;
-    }
-    Ok(stays_inside(&plan))
 }

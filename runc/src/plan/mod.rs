@@ -407,5 +407,7 @@ fn sysctls(mut asked: Sysctls, map: &IdMap) -> Result<(Sysctls, Option<String>),
 
 #[cfg(test)]
 mod hostile;
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) mod judged;
 #[cfg(test)]
 mod tests;

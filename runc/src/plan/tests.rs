@@ -1,17 +1,13 @@
 //! Plans as data: what a spec becomes, what is locked, what is refused.
 
+use super::judged::{planned, planned_on};
 use super::*;
-use crate::survey::{Ground, Overlay, Source, is_bind};
+use crate::survey::{Ground, is_bind};
 use proptest::prelude::*;
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
 use std::path::Component;
 use sysbox_ipc::IdRange;
-use sysbox_ipc::mgr::{DATA_ROOTS, Defaults, HostFacts};
-
-fn source(is_directory: bool) -> Source {
-    Source { is_directory, uid: 0, gid: 0, magic: 0xef53, exposed: false }
-}
+use sysbox_ipc::mgr::DATA_ROOTS;
 
 fn spec(mounts: Value, more: Value) -> Spec {
     let mut spec = json!({
@@ -25,54 +21,6 @@ fn spec(mounts: Value, more: Value) -> Spec {
         spec["linux"][key] = value.clone();
     }
     serde_json::from_value(spec).unwrap()
-}
-
-pub(super) fn planned(spec: Spec) -> Result<Plan, PlanError> {
-    planned_on(spec, |_| {})
-}
-
-fn planned_on(spec: Spec, change: impl FnOnce(&mut Survey)) -> Result<Plan, PlanError> {
-    let bundle = Bundle { dir: "/b".into(), rootfs: "/b/rootfs".into(), spec, unknown: vec![] };
-    let mut sources = BTreeMap::new();
-    for name in ["/h/a", "/h/b", "/h/c"] {
-        sources.insert(PathBuf::from(name), source(true));
-    }
-    sources.insert(PathBuf::from("/h/file"), source(false));
-    sources.insert(PathBuf::from("/h/open"), Source { exposed: true, ..source(true) });
-    sources.insert(PathBuf::from("/h/ours"), Source { uid: 300_005, ..source(true) });
-    let overlay = Overlay { lowers: vec!["/l".into()], upper: "/u/diff".into(), work: "/u/work".into() };
-    let mut survey = Survey {
-        ground: Ground::Overlay(overlay),
-        root_owner: (0, 0),
-        root_exposed: false,
-        dev_is_link: false,
-        sources,
-        moved_roots: vec![],
-        unusable_roots: vec![],
-        present_roots: vec![],
-        takes_overlays: true,
-        present: vec!["/dev/fuse", "/sys/kernel/debug"],
-        systemd: false,
-        kernel_trees: vec![],
-        boottime_ns: 12_345_000_000_000,
-        cgroup_v2: false,
-    };
-    change(&mut survey);
-    let facts = HostFacts { time_namespace: true, ..HostFacts::default() };
-    let id_map = IdMap::of_range(IdRange { start: 300_000, count: 65536 }).unwrap();
-    let grant = Grant {
-        id_map,
-        slot: 1,
-        share_with: None,
-        same_rootfs: None,
-        facts,
-        defaults: Defaults::default(),
-        volumes: "/v/c".into(),
-    };
-    let prepared = Prepared { directory: "/fs/c".into(), leaves: vec!["proc/meminfo".into()] };
-    let env = bundle.spec.process().as_ref().and_then(|process| process.env().clone()).unwrap_or_default();
-    let settings = Settings::read(&env, grant.defaults).unwrap();
-    plan(&bundle, &survey, &grant, &Stage { dir: "/s".into() }, &prepared, &settings)
 }
 
 fn bind(destination: &str, source: &str, options: &[&str]) -> Value {
