@@ -29,32 +29,20 @@ use tracing::{debug, error, warn};
 
 use crate::ended::Ended;
 use crate::gate::{Gate, Ticket};
-use crate::overlay::Owned;
 pub use crate::side::Target;
-use crate::side::{Outcome, Side, Work, complain};
-
-/// Without events for so long, an engine's operation is taken to be over.
-const QUIET: Duration = Duration::from_millis(10);
-/// An operation that takes longer is looked at in between.
-const LATEST: Duration = Duration::from_millis(100);
-/// How soon the engine is asked again whether it still uses a directory that was moved aside.
-const AGAIN: Duration = Duration::from_millis(250);
+use crate::side::{Outcome, Side};
+use crate::slot::{Line, Place, Slot, in_a_thread};
 
 /// Once in so long one container's engine side is flushed without an event, in turn: a name that was looked for in vain, and a
 /// directory that the container replaced while the engine was about to write to it, make none.
 const TURN: Duration = Duration::from_millis(500);
-/// How soon after a start, and after the engine did something, a container is looked at for directories that it has in use;
-/// then after twice the time, and so on to `RARELY`.
-const SOON: Duration = Duration::from_secs(1);
-const RARELY: Duration = Duration::from_secs(8);
-/// A look that had to flush, for nothing, cost the container what it had cached: such go on to `SELDOM`.
-const SELDOM: Duration = Duration::from_secs(64);
 /// How many containers are looked at in one turn.
 const LOOKS: usize = 4;
-/// A container that makes its side wait so long is told of, once.
-const STUCK: Duration = Duration::from_secs(10);
 /// How long a stop waits for the thread.
 const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Who wants both sides to agree waits no longer.
+const SETTLED: Duration = Duration::from_secs(30);
 
 /// The thread.
 #[derive(Debug)]
@@ -68,31 +56,13 @@ pub struct Coherence {
 }
 
 #[derive(Debug)]
-enum Command {
+pub(crate) enum Command {
     Watch(Target),
     Forget(ContainerKey),
     Settle(ContainerKey, Sender<u64>),
     Gate(ContainerKey, Ticket),
     Back(ContainerKey, u64, Result<(Side, Outcome)>),
     Stop,
-}
-
-/// How the thread is told of something.
-#[derive(Debug, Clone)]
-struct Line {
-    commands: Sender<Command>,
-    wake: Arc<EventFd>,
-}
-
-impl Line {
-    fn tell(&self, command: Command) {
-        if self.commands.send(command).is_err() {
-            return error!("the thread `coherence` is gone: what the engine writes may show late");
-        }
-        if let Err(errno) = self.wake.write(1) {
-            error!(%errno, "eventfd");
-        }
-    }
 }
 
 impl Coherence {
@@ -157,8 +127,8 @@ impl Coherence {
     pub fn settle(&self, key: &ContainerKey) -> u64 {
         let (sender, receiver) = channel();
         self.line.tell(Command::Settle(key.clone(), sender));
-        // The thread being gone was told by `tell`; the container may have ended.
-        receiver.recv().unwrap_or_default()
+        // The thread being gone was told by `tell`; the container may have ended, or hold its own directories.
+        receiver.recv_timeout(SETTLED).unwrap_or_default()
     }
 }
 
@@ -192,152 +162,6 @@ struct Worker {
 struct Turn {
     last: Option<ContainerKey>,
     next_at: Instant,
-}
-
-/// What is known of a target.
-struct Slot {
-    target: Target,
-    number: u64,
-    place: Place,
-    wanted: Work,
-    /// st_dev of the engine's overlay.
-    engine_device: u64,
-    /// When to flush, unless there are events before.
-    due: Option<Due>,
-    next_look: NextLook,
-    since: Instant,
-}
-
-enum Place {
-    /// Not opened yet.
-    Empty,
-    Here(Side),
-    /// In a thread of its own.
-    AtWork {
-        since: Instant,
-        is_told: bool,
-    },
-}
-
-/// When the directories in use are looked at again.
-struct NextLook {
-    at: Instant,
-    after: Duration,
-    /// What was told of already.
-    blind: usize,
-}
-
-struct Due {
-    at: Instant,
-    at_the_latest: Instant,
-}
-
-impl NextLook {
-    fn soon() -> Self {
-        Self { at: Instant::now() + SOON, after: SOON, blind: 0 }
-    }
-
-    /// After a look that came to `owned`.
-    fn again(&mut self, owned: Owned) {
-        self.after = match owned {
-            // What cannot be helped now, a flush helps when the directory is no longer in use.
-            Owned { blind: 1.., .. } => SOON,
-            Owned { copied: 0, has_flushed: true, .. } => (self.after * 2).min(SELDOM),
-            _ => (self.after * 2).min(RARELY),
-        };
-        self.at = Instant::now() + self.after;
-    }
-}
-
-impl Slot {
-    /// There was an event just now.
-    fn disturb(&mut self) {
-        let now = Instant::now();
-        let at_the_latest = self.due.as_ref().map_or(now + LATEST, |due| due.at_the_latest);
-        self.due = Some(Due { at: (now + QUIET).min(at_the_latest), at_the_latest });
-    }
-
-    /// What is due. After a while without events, the engine is not at work.
-    fn flush_due(&mut self) {
-        let is_quiet = self.due.take().is_some_and(|due| due.at < due.at_the_latest);
-        self.wanted.flush = true;
-        // Many containers end within their first second: they are spared the look.
-        if is_quiet && self.since.elapsed() > SOON {
-            self.wanted.look = true;
-            self.next_look = NextLook { blind: self.next_look.blind, ..NextLook::soon() };
-            self.next_look.after /= 2;
-        }
-    }
-
-    fn learn(&mut self, outcome: Outcome) {
-        if outcome.again {
-            let again = Instant::now() + AGAIN;
-            self.due.get_or_insert(Due { at: again, at_the_latest: again });
-        }
-        let Some(owned) = outcome.owned else { return };
-        if owned.blind > self.next_look.blind {
-            warn!(
-                container = %self.target.key,
-                directories = owned.blind,
-                "it and its engine made the first copy of a directory at one moment: it can create nothing there until no process has it in use"
-            );
-        }
-        self.next_look.blind = owned.blind;
-        self.next_look.again(owned);
-        if outcome.has_left && self.due.is_none() {
-            self.disturb();
-        }
-    }
-
-    fn is_stuck(&self) -> bool {
-        matches!(self.place, Place::AtWork { since, .. } if since.elapsed() > STUCK)
-    }
-
-    fn tell_if_stuck(&mut self) {
-        let key = &self.target.key;
-        if let Place::AtWork { since, is_told } = &mut self.place
-            && !*is_told
-            && since.elapsed() > STUCK
-        {
-            *is_told = true;
-            let seconds = STUCK.as_secs();
-            warn!(
-                container = %key, seconds,
-                "a look at its files does not end: it holds a directory, or the disk is busy; it and its engine may not see what the other writes"
-            );
-        }
-    }
-
-    /// Has what is wanted done, if it is not just at work.
-    fn dispatch(&mut self, line: &Line) {
-        if self.wanted.is_empty() {
-            return;
-        }
-        let place = match &self.place {
-            Place::AtWork { .. } => return,
-            _ => std::mem::replace(&mut self.place, Place::AtWork { since: Instant::now(), is_told: false }),
-        };
-        let (work, target, number) = (std::mem::take(&mut self.wanted), self.target.clone(), self.number);
-        let back = line.clone();
-        let done = move || {
-            let side = match place {
-                Place::Here(side) => Ok(side),
-                _ => Side::open(&target),
-            };
-            let done = side.map(|mut side| {
-                let outcome = side.work(work);
-                (side, outcome)
-            });
-            back.tell(Command::Back(target.key, number, done));
-        };
-        if let Err(error) = in_a_thread(done) {
-            // Its overlays went with the closure: it is opened anew.
-            warn!(container = %self.target.key, %error, "the container may not see what its engine wrote");
-            self.place = Place::Empty;
-            let again = Instant::now() + AGAIN;
-            self.due = Some(Due { at: again, at_the_latest: again });
-        }
-    }
 }
 
 impl Worker {
@@ -391,8 +215,7 @@ impl Worker {
 
     fn wait(&self) {
         let turn = (!self.slots.is_empty()).then_some(self.turn.next_at);
-        let due = self.slots.values().filter_map(|slot| slot.due.as_ref().map(|due| due.at));
-        let next = due.chain(turn).min();
+        let next = self.slots.values().filter_map(Slot::next).chain(turn).min();
         let limit = next.map_or(PollTimeout::NONE, |at| {
             let left = at.saturating_duration_since(Instant::now()).as_millis() + 1;
             PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
@@ -422,7 +245,7 @@ impl Worker {
                 }
                 Command::Gate(key, ticket) => {
                     // Where many have waited in vain, the next is not held.
-                    if let Some(slot) = self.slots.get_mut(&key).filter(|slot| !slot.is_stuck()) {
+                    if let Some(slot) = self.slots.get_mut(&key).filter(|slot| slot.is_able()) {
                         slot.wanted.gates.push(ticket);
                     }
                 }
@@ -434,7 +257,7 @@ impl Worker {
     }
 
     fn watch(&mut self, target: Target) {
-        let Target { key, merged, is_found_running, .. } = &target;
+        let Target { key, merged, .. } = &target;
         self.retire(key);
         let engine_device = match nix::sys::stat::stat(merged) {
             Ok(facts) => facts.st_dev,
@@ -443,19 +266,8 @@ impl Worker {
             }
         };
         self.places += 1;
-        let (key, is_found_running) = (key.clone(), *is_found_running);
-        let mut slot = Slot {
-            target,
-            number: self.places,
-            place: Place::Empty,
-            // Opened at once.
-            wanted: Work { everywhere: is_found_running, flush: true, ..Work::default() },
-            engine_device,
-            due: None,
-            next_look: NextLook::soon(),
-            since: Instant::now(),
-        };
-        slot.disturb();
+        let key = key.clone();
+        let slot = Slot::new(target, self.places, engine_device);
         self.slots.insert(key, slot);
     }
 
@@ -488,15 +300,14 @@ impl Worker {
     fn take_back(&mut self, key: &ContainerKey, number: u64, done: Result<(Side, Outcome)>) {
         let slot = self.slots.get_mut(key).filter(|slot| slot.number == number);
         match (slot, done) {
-            (Some(slot), Ok((side, outcome))) => {
-                slot.place = Place::Here(side);
-                slot.learn(outcome);
-            }
+            (Some(slot), Ok((side, outcome))) => slot.has_worked(side, outcome),
             (None, Ok((side, _))) => self.end(side),
-            (Some(_), Err(error)) => {
-                complain(key, &error, "open");
-                self.slots.remove(key);
+            // It has ended, or its engine has unmounted its side.
+            (Some(_), Err(error)) if matches!(error.errno, Errno::ESRCH | Errno::ENOENT) => {
+                debug!(container = %key, %error, "open");
+                self.forget(key);
             }
+            (Some(slot), Err(error)) => slot.has_failed(&error),
             (None, Err(error)) => debug!(container = %key, %error, "open"),
         }
     }
@@ -551,16 +362,6 @@ impl Worker {
         let path = name.strip_prefix(&slot.target.merged).or_else(|_| name.strip_prefix("/")).ok()?;
         Some((slot.target.key.clone(), path.to_owned()))
     }
-}
-
-/// Ends by itself. A small stack: there may be as many as containers.
-fn in_a_thread(act: impl FnOnce() + Send + 'static) -> Result<()> {
-    std::thread::Builder::new()
-        .name("side".into())
-        .stack_size(256 * 1024)
-        .spawn(act)
-        .map(drop)
-        .named(|| "start a thread `side`".to_owned())
 }
 
 /// Adds or removes the mark on the engine's overlay at `merged`; never on whatever else is mounted there.

@@ -18,6 +18,7 @@ pub mod overlay;
 mod pinned;
 pub mod server;
 pub mod side;
+mod slot;
 pub mod store;
 pub mod subid;
 pub mod vault;

@@ -11,6 +11,8 @@ use tracing::{error, info, warn};
 
 /// Of directories on their way out: these alone are removed at a start.
 const GONE: &str = ".gone-";
+/// Of one on its way in, which is its container's only when it has the right owner.
+const NEW: &str = ".new-";
 
 #[derive(Debug, thiserror::Error)]
 #[error("{what} {}: {cause}", path.display())]
@@ -68,10 +70,14 @@ impl Volumes {
             if !is_name {
                 return Err(failed("make", &path)(io::ErrorKind::InvalidInput.into()));
             }
-            if make_closed(&path)? {
-                std::os::unix::fs::chown(&path, Some(owner.0), Some(owner.1))
-                    .map_err(failed("chown", &path))?;
+            if path.is_dir() {
+                continue;
             }
+            // Empty, if it is there: the maker ended before it had its name. Whatever ends us here, a volume has its owner.
+            let new = home.join(format!("{NEW}{name}"));
+            make_closed(&new)?;
+            std::os::unix::fs::chown(&new, Some(owner.0), Some(owner.1)).map_err(failed("chown", &new))?;
+            std::fs::rename(&new, &path).map_err(failed("rename", &path))?;
         }
         Ok(())
     }
@@ -167,6 +173,16 @@ mod tests {
         }
         let facts = std::fs::metadata(volumes.of(&one).join("var-lib-docker")).unwrap();
         assert_eq!((facts.uid(), facts.gid()), (7, 8));
+        // A maker that ended half-way, twice: without and with the owner.
+        for owner in [0, 7] {
+            let half = volumes.of(&other).join(".new-second");
+            std::fs::create_dir(&half).unwrap();
+            std::os::unix::fs::chown(&half, Some(owner), None).unwrap();
+            volumes.make(&other, &["second".to_owned()], (7, 8)).unwrap();
+            let made = std::fs::metadata(volumes.of(&other).join("second")).unwrap();
+            assert_eq!((made.uid(), made.gid(), half.exists()), (7, 8, false));
+            std::fs::remove_dir(volumes.of(&other).join("second")).unwrap();
+        }
         for name in ["", "..", "a/b", ".x"] {
             assert!(volumes.make(&one, &[name.to_owned()], (0, 0)).is_err(), "{name}");
         }

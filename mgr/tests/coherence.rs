@@ -328,3 +328,27 @@ fn where_a_directory_is_in_use_before_the_engine_comes_nothing_ever_fails() {
     println!("directories in use: {written} writes, {failed} failed, longest {longest:?}");
     assert_eq!(failed, 0);
 }
+
+/// As with a daemon that is short of descriptors: it is opened later, and what the engine did meanwhile is made good.
+#[test]
+fn one_whose_overlays_cannot_be_opened_is_tried_again() {
+    let bed = Bed::unwatched();
+    fs::write(bed.path("no-directory"), "").unwrap();
+    std::os::unix::fs::symlink("no-directory", bed.path("upper")).unwrap();
+    let bed = bed.watch_at("upper");
+    let _pins = ["etc", "etc/deep"].map(|name| bed.pin(name));
+    bed.seen_inside("etc/deep/new");
+    bed.engine_copies_in("etc/deep/new", "of the engine");
+    // Long enough for the first tries.
+    let until = Instant::now() + Duration::from_millis(600);
+    while Instant::now() < until {
+        assert_ne!(bed.seen_inside("etc/deep/new"), "of the engine");
+        std::thread::yield_now();
+    }
+    fs::remove_file(bed.path("upper")).unwrap();
+    std::os::unix::fs::symlink("id/diff", bed.path("upper")).unwrap();
+    eventually("it is looked at in the end", || bed.seen_inside("etc/deep/new") == "of the engine");
+    bed.settle();
+    bed.engine_copies_in("etc/deep/later", "of the engine");
+    eventually("as ever after", || bed.seen_inside("etc/deep/later") == "of the engine");
+}

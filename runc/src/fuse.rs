@@ -40,7 +40,7 @@ pub fn abort(cgroup: &Cgroup, ids: &IdMap) {
     if own.is_empty() {
         return;
     }
-    let elsewhere = mounted_elsewhere(&cgroup.processes());
+    let elsewhere = mounted_elsewhere(cgroup);
     for number in own.iter().filter(|number| !elsewhere.contains(*number)) {
         let file = format!("{number}/abort");
         let opened = openat(&control, file.as_str(), OFlag::O_WRONLY | OFlag::O_CLOEXEC, Mode::empty());
@@ -49,12 +49,18 @@ pub fn abort(cgroup: &Cgroup, ids: &IdMap) {
     }
 }
 
-/// The device minors, which are the names of connections, of all FUSE file systems that processes other than these have.
-fn mounted_elsewhere(inside: &[Pid]) -> HashSet<String> {
+/// The device minors, which are the names of connections, of all FUSE file systems that processes outside of the container
+/// have. One look at each mount namespace: most processes share a few.
+fn mounted_elsewhere(cgroup: &Cgroup) -> HashSet<String> {
     let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
-    let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).map(Pid::from_raw);
-    let others = pids.filter(|pid| !inside.contains(pid));
-    others
+    let pids: Vec<Pid> =
+        pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).map(Pid::from_raw).collect();
+    // After the list of all: who is in that and was born inside is in this.
+    let inside: HashSet<Pid> = cgroup.processes().into_iter().collect();
+    let mut looked_at = HashSet::new();
+    pids.into_iter()
+        .filter(|pid| !inside.contains(pid))
+        .filter(|pid| fs::read_link(format!("/proc/{pid}/ns/mnt")).is_ok_and(|ns| looked_at.insert(ns)))
         .filter_map(|pid| fs::read_to_string(format!("/proc/{pid}/mountinfo")).ok())
         .flat_map(|text| fuse_minors(&text))
         .collect()

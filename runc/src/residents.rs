@@ -15,6 +15,7 @@ use crate::nested::{self, Step};
 
 /// After this time without an end something holds them that a signal does not reach.
 const HANGING: Duration = Duration::from_millis(200);
+const ABORT_EVERY: Duration = Duration::from_millis(500);
 
 impl Cgroup {
     /// Every process of the container: all are born in its anchors, which no process can leave. Where there are none (a
@@ -67,6 +68,7 @@ fn held(cgroup: &Cgroup) -> Vec<Held> {
 pub fn kill_all(cgroup: &Cgroup, ids: &IdMap) {
     let begun = Instant::now();
     let mut pause = Duration::from_micros(100);
+    let mut abort_at = begun + HANGING;
     while !processes(cgroup).is_empty() && begun.elapsed() < LIMIT {
         if !kill_by_cgroup(cgroup) {
             for process in held(cgroup) {
@@ -75,8 +77,10 @@ pub fn kill_all(cgroup: &Cgroup, ids: &IdMap) {
             }
         }
         let_die(cgroup);
-        if begun.elapsed() > HANGING {
+        // Reads much of /proc.
+        if abort_at <= Instant::now() {
             fuse::abort(cgroup, ids);
+            abort_at = Instant::now() + ABORT_EVERY;
         }
         std::thread::sleep(pause);
         pause = (pause * 2).min(Duration::from_millis(20));

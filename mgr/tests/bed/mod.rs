@@ -100,13 +100,19 @@ impl Bed {
         Self { dir, init, coherence: None, key, _attached: vec![lower, store, rootfs] }
     }
 
-    pub fn watch(mut self) -> Self {
+    pub fn watch(self) -> Self {
+        let bed = self.watch_at("id/diff");
+        bed.settle();
+        bed
+    }
+
+    /// With the engine's upper directory at another place.
+    pub fn watch_at(mut self, upper: &str) -> Self {
         let init = identify(i32::try_from(self.init.id()).unwrap()).unwrap();
         let coherence = Coherence::start().unwrap();
-        let (merged, upper) = (self.path("id/merged"), self.path("id/diff"));
+        let (merged, upper) = (self.path("id/merged"), self.path(upper));
         coherence.watch(Target { key: self.key.clone(), init, merged, upper, is_found_running: true });
         self.coherence = Some(coherence);
-        self.settle();
         self
     }
 

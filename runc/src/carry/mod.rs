@@ -68,7 +68,6 @@ pub fn record(carried: &Carried) -> Vec<String> {
         let failed = |error: SysError| format!("data root {}: {error}", path.display());
         if let Err(error) = record_root(root.as_fd(), began + LIMIT, &mut failures) {
             failures.push(failed(error));
-            failures.extend(copy::remove(root.as_fd(), DRAFT.as_ref()).err().map(failed));
         }
     }
     tracing::debug!(took = ?began.elapsed(), "data roots are listed");
@@ -146,11 +145,25 @@ fn record_tree(root: BorrowedFd<'_>, tree: &Path, deadline: Instant) -> Result<(
     draft.finish()
 }
 
-/// A list that is being written. Dropped half-way it leaves the older one in its place.
+/// A list that is being written. Dropped half-way it leaves the older one in its place, and nothing of itself.
 struct Draft<'a> {
     dir: BorrowedFd<'a>,
     mtime: TimeSpec,
     file: BufWriter<File>,
+    is_whole: bool,
+}
+
+impl Drop for Draft<'_> {
+    fn drop(&mut self) {
+        if self.is_whole {
+            return;
+        }
+        let removed =
+            unlinkat(self.dir, DRAFT, UnlinkatFlags::NoRemoveDir).named(|| format!("unlink({DRAFT})"));
+        if let Err(error) = removed.and_then(|()| set_mtime(self.dir, Path::new("."), self.mtime)) {
+            tracing::warn!(%error, "a list of inner images that was not finished");
+        }
+    }
 }
 
 const DRAFT: &str = ".sysbox-carried.new";
@@ -167,7 +180,7 @@ impl<'a> Draft<'a> {
         let file = openat(dir, DRAFT, flags, Mode::from_bits_truncate(0o600)).named(what)?;
         let mut file = BufWriter::with_capacity(1 << 16, File::from(file));
         file.write_all(list::HEAD).named(what)?;
-        Ok(Self { dir, mtime: TimeSpec::new(facts.st_mtime, facts.st_mtime_nsec), file })
+        Ok(Self { dir, mtime: TimeSpec::new(facts.st_mtime, facts.st_mtime_nsec), file, is_whole: false })
     }
 
     fn add(&mut self, entry: &Entry) -> Result<()> {
@@ -178,6 +191,7 @@ impl<'a> Draft<'a> {
         self.file.flush().named(|| format!("write({DRAFT})"))?;
         renameat(self.dir, DRAFT, self.dir, list::NAME)
             .named(|| format!("rename({DRAFT}, {})", list::NAME))?;
+        self.is_whole = true;
         // The directory is an inner engine's; that we wrote in it is not to be seen.
         set_mtime(self.dir, Path::new("."), self.mtime)
     }
@@ -273,4 +287,34 @@ fn entry(dir: BorrowedFd<'_>, name: &Path, path: PathBuf, facts: &FileStat) -> R
         }
     }
     Ok(entry)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::MetadataExt;
+
+    #[test]
+    fn a_list_that_is_not_finished_leaves_nothing_of_itself() {
+        let dir = tempfile::tempdir().unwrap();
+        let tree = Path::new("overlay2/a/diff");
+        std::fs::create_dir_all(dir.path().join(tree).join("b")).unwrap();
+        let root = OwnedFd::from(File::open(dir.path()).unwrap());
+        let homes = [dir.path().to_owned(), dir.path().join("overlay2/a")];
+        let state = || {
+            homes.clone().map(|home| {
+                let names = names(File::open(&home).unwrap().as_fd()).unwrap();
+                let facts = std::fs::metadata(home).unwrap();
+                (names, facts.mtime(), facts.mtime_nsec())
+            })
+        };
+        let before = state();
+        let past = Instant::now() - Duration::from_secs(1);
+        assert_eq!(record_root(root.as_fd(), past, &mut Vec::new()).unwrap_err().errno, Errno::ETIMEDOUT);
+        assert_eq!(record_tree(root.as_fd(), tree, past).unwrap_err().errno, Errno::ETIMEDOUT);
+        assert_eq!(state(), before);
+        let later = Instant::now() + LIMIT;
+        record_root(root.as_fd(), later, &mut Vec::new()).unwrap();
+        assert!(homes.iter().all(|home| home.join(list::NAME).is_file()));
+    }
 }
