@@ -57,22 +57,25 @@ pub fn run(time: &'static str, hooks: &[Hook], state: &Value, env: Option<&[Stri
     Ok(())
 }
 
-/// Gives the hooks of a create that have no environment this process's, as runc does; without what is no UTF-8, which a hook's
-/// environment cannot be (docs/DIFFERENCES.md).
-pub fn lend_environment(hooks: &mut Hooks) {
+/// Makes of the hooks of a create what libcontainer runs as runc would: those that have no environment get this process's,
+/// without what is no UTF-8, which a hook's environment cannot be (docs/DIFFERENCES.md); a time below zero is none, where
+/// libcontainer would take it for all the time there is.
+pub fn fit(hooks: &mut Hooks) {
     let own: Vec<String> = std::env::vars_os()
         .filter_map(|(name, value)| Some(format!("{}={}", name.to_str()?, value.to_str()?)))
         .collect();
-    let lent = |hooks: &Option<Vec<Hook>>| {
+    let fitted = |hooks: &Option<Vec<Hook>>| {
         let mut hooks = hooks.clone();
-        for hook in hooks.iter_mut().flatten().filter(|hook| hook.env().is_none()) {
-            hook.set_env(Some(own.clone()));
+        for hook in hooks.iter_mut().flatten() {
+            let env = hook.env().clone().unwrap_or_else(|| own.clone());
+            let timeout = hook.timeout().map(|seconds| seconds.max(0));
+            hook.set_env(Some(env)).set_timeout(timeout);
         }
         hooks
     };
     #[allow(deprecated)] // the specification's, and engines still give it
-    let prestart = lent(hooks.prestart());
-    let (runtime, container) = (lent(hooks.create_runtime()), lent(hooks.create_container()));
+    let prestart = fitted(hooks.prestart());
+    let (runtime, container) = (fitted(hooks.create_runtime()), fitted(hooks.create_container()));
     #[allow(deprecated)] // as above
     hooks.set_prestart(prestart);
     hooks.set_create_runtime(runtime).set_create_container(container);
@@ -125,9 +128,10 @@ fn run_one(hook: &Hook, state: &str, env: Option<&[String]>) -> Result<(), Strin
     let started = command.spawn();
     let mut child = started
         .map_err(|error| format!("fork/exec {}: {}", hook.path().display(), crate::bundle::reason(&error)))?;
-    let seconds =
-        hook.timeout().and_then(|seconds| u64::try_from(seconds).ok()).filter(|seconds| *seconds > 0);
-    let deadline = seconds.map(|seconds| Instant::now() + Duration::from_secs(seconds));
+    // None that is not above zero is any time (as runc has it), and none that no clock reaches is an end.
+    let seconds = hook.timeout();
+    let within = |seconds| Duration::from_secs(u64::try_from(seconds).unwrap_or(0));
+    let deadline = seconds.and_then(|seconds| Instant::now().checked_add(within(seconds)));
     match attend(&mut child, state.as_bytes(), deadline) {
         Ok(Some((status, _))) if status.success() => Ok(()),
         Ok(Some((status, [out, err]))) => {
@@ -231,6 +235,7 @@ mod tests {
         );
         assert_eq!(ran("exec >&- 2>&-; :", None), Ok(()));
         assert_eq!(ran("exec <&-; :", Some(60)), Ok(()));
+        assert_eq!(ran(":", Some(i64::MAX)), Ok(()));
     }
 
     #[test]
@@ -239,6 +244,8 @@ mod tests {
             ("echo a; echo b >&2; exit 3", None, "exit status 3, stdout: a\n, stderr: b\n"),
             ("sleep 1000", Some(1), "hook ran past specified timeout of 1.0s"),
             ("exec sleep 1000 >&- 2>&-", Some(1), "hook ran past specified timeout of 1.0s"),
+            (":", Some(0), "hook ran past specified timeout of 0.0s"),
+            (":", Some(-5), "hook ran past specified timeout of -5.0s"),
         ] {
             assert_eq!(ran(script, timeout), Err(format!("error running poststop hook #0: {why}")));
         }

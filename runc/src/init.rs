@@ -299,19 +299,20 @@ fn check_program(path: &Path) -> Result<(), Errno> {
 /// The home directory that the container's own /etc/passwd gives a user; `/` without an entry.
 fn home_of(uid: u32) -> String {
     const MAX_PASSWD: u64 = 1024 * 1024;
-    let mut text = String::new();
+    let mut text = Vec::new();
     // The container's: a FIFO in its place must not hold us.
     let opened =
         File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open("/etc/passwd");
     let regular = opened.and_then(|file| file.metadata().map(|facts| (file, facts.is_file())));
     let read = match regular {
-        Ok((file, true)) => file.take(MAX_PASSWD).read_to_string(&mut text),
+        Ok((file, true)) => file.take(MAX_PASSWD).read_to_end(&mut text),
         _ => return "/".to_owned(),
     };
     if read.is_err() {
         return "/".to_owned();
     }
-    home_in(&text, uid).unwrap_or_else(|| "/".to_owned())
+    // Names of people in it may be in any encoding.
+    home_in(&String::from_utf8_lossy(&text), uid).unwrap_or_else(|| "/".to_owned())
 }
 
 fn home_in(passwd: &str, uid: u32) -> Option<String> {

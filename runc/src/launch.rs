@@ -212,7 +212,7 @@ impl Launch<'_> {
             // Run by `init.rs`, which can tell why one failed.
             init.hooks = hooks.start_container().clone().unwrap_or_default();
             hooks.set_start_container(None);
-            hooks::lend_environment(&mut hooks);
+            hooks::fit(&mut hooks);
             // runc runs them in the bundle. libcontainer's path library tries openat2(2) on the working directory when a
             // lookup fails, and takes EACCES to mean that the kernel has none: from an engine's bundle (0700) a container's
             // mounts then cost 12 ms. Hooks of the container's own namespaces can be in the bundle by inheritance alone.

@@ -268,9 +268,14 @@ pub fn receive_descriptor(stream: BorrowedFd<'_>) -> Result<OwnedFd> {
     let mut byte = [0u8];
     let mut space = cmsg_space!(RawFd);
     let mut parts = [IoSliceMut::new(&mut byte)];
-    let received =
-        recvmsg::<()>(stream.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)
-            .named(|| "recvmsg".to_owned())?;
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+    let received = loop {
+        // With a time limit on the socket, a stop and a SIGCONT are enough for this (signal(7)).
+        match recvmsg::<()>(stream.as_raw_fd(), &mut parts, Some(&mut space), flags) {
+            Err(Errno::EINTR) => {}
+            other => break other.named(|| "recvmsg".to_owned())?,
+        }
+    };
     for message in received.cmsgs().named(|| "recvmsg control data".to_owned())? {
         if let ControlMessageOwned::ScmRights(raw) = message
             && let [fd] = raw[..]
@@ -337,5 +342,42 @@ mod tests {
         let client = Connection::connect(&path).unwrap();
         client.set_timeout(Duration::from_millis(20)).unwrap();
         assert!(matches!(client.recv::<String>(), Err(SocketError::TimedOut(_))));
+    }
+
+    #[test]
+    fn a_signal_does_not_end_the_wait_for_a_descriptor() {
+        use std::sync::atomic::{AtomicBool, Ordering};
+        static HANDLED: AtomicBool = AtomicBool::new(false);
+        extern "C" fn note(_: i32) {
+            HANDLED.store(true, Ordering::SeqCst);
+        }
+        use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+        let action = SigAction::new(SigHandler::Handler(note), SaFlags::empty(), SigSet::empty());
+        // SAFETY: the handler stores a number and nothing else; nobody else here uses this signal.
+        unsafe { sigaction(Signal::SIGUSR2, &action) }.unwrap();
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        // As the runtime waits; with a limit the kernel starts no such call again.
+        ours.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        let (tell, told) = std::sync::mpsc::channel();
+        let waiting = thread::spawn(move || {
+            tell.send(nix::unistd::gettid().as_raw()).unwrap();
+            receive_descriptor(ours.as_fd())
+        });
+        let thread = told.recv().unwrap();
+        let sleeps = || {
+            let line = std::fs::read_to_string(format!("/proc/self/task/{thread}/syscall")).unwrap();
+            line.split(' ').next() == Some(&libc::SYS_recvmsg.to_string())
+        };
+        while !sleeps() {
+            thread::yield_now();
+        }
+        // SAFETY: three integers.
+        unsafe { libc::syscall(libc::SYS_tgkill, std::process::id(), thread, libc::SIGUSR2) };
+        while !HANDLED.load(Ordering::SeqCst) && !waiting.is_finished() {
+            thread::yield_now();
+        }
+        // Where the wait had ended, nobody is there to send to; that is told below.
+        let _sent = send_descriptor(theirs.as_fd(), &[1], File::open("/dev/null").unwrap().as_fd());
+        waiting.join().unwrap().unwrap();
     }
 }

@@ -130,8 +130,9 @@ fn attempt<'a>(
     for warning in &staged.warnings {
         call.log.warn(warning);
     }
-    if let Some(warning) = joined.show_network(&mut spec, &stage)? {
-        call.log.warn(&warning);
+    match joined.show_network(&mut spec, &stage) {
+        Ok(warning) => warning.iter().for_each(|warning| call.log.warn(warning)),
+        Err(error) => return Err(give_up(call, staged, error)),
     }
     tracing::debug!("root file system and mounts are staged");
     let launched = launch(call, args, home, &bundle, &plan, filter, &grant, &mut state, spec);

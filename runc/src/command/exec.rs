@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use anyhow::{Context, Result, bail};
 use nix::unistd::Pid;
-use oci_spec::runtime::{Capability, Process, UserBuilder};
+use oci_spec::runtime::{Capability, Process};
 use sysbox_ipc::mgr::Process as Made;
 use sysbox_sys::process::Held;
 
@@ -111,16 +111,26 @@ pub fn exec(call: &Call<'_>, args: &ExecArgs) -> Result<i32> {
     };
     let started = launch.exec(enter, before_start, after_start)?;
     tracing::debug!(pid = started.pid, "the program runs");
+    tell(args, started).inspect_err(|_| {
+        // Nobody would know of it.
+        let ended = Held::open(started).and_then(|held| held.kill());
+        tracing::debug!(?ended, pid = started.pid, "the program is ended");
+    })?;
+    match attendance {
+        Some(attendance) => attendance.until_end(started, terminal),
+        None => Ok(0),
+    }
+}
+
+/// Those who asked to hear of the process.
+fn tell(args: &ExecArgs, started: Made) -> Result<()> {
     if let Some(path) = &args.pidfd_socket {
         send_pidfd(path, started)?;
     }
     if let Some(path) = &args.pid_file {
         write_pid_file(path, started.pid)?;
     }
-    match attendance {
-        Some(attendance) => attendance.until_end(started, terminal),
-        None => Ok(0),
-    }
+    Ok(())
 }
 
 /// What is set from outside on a process that waits for its start.
@@ -167,8 +177,9 @@ fn process_of(args: &ExecArgs, base: &Process) -> Result<Process> {
         let group = u32::try_from(*asked).ok().filter(|gid| *gid != u32::MAX);
         groups.push(group.with_context(|| format!("additional-gids must be a positive number {asked}"))?);
     }
-    let user = UserBuilder::default().uid(uid).gid(gid).additional_gids(groups);
-    process.set_user(user.build().context("--user")?);
+    let mut user = process.user().clone();
+    user.set_uid(uid).set_gid(gid).set_additional_gids(Some(groups));
+    process.set_user(user);
     if !process.cwd().is_absolute() {
         bail!("Cwd must be an absolute path");
     }

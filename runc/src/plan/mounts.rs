@@ -481,7 +481,8 @@ impl Planner<'_> {
         let wanted = |path: &str| {
             UNMASKED.contains(&path) || (self.survey.systemd && UNMASKED_SYSTEMD.contains(&path))
         };
-        let kept = |path: &&String| !machine || !wanted(path);
+        // An empty path is no place, and not the root, which it would be below a descriptor.
+        let kept = |path: &&String| !path.is_empty() && (!machine || !wanted(path));
         for path in linux.masked_paths().iter().flatten().filter(kept) {
             if of_kernel(path) {
                 self.done.masked.push(path.clone());
