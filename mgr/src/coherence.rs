@@ -29,6 +29,7 @@ use tracing::{debug, error, warn};
 
 use crate::ended::Ended;
 use crate::gate::{Gate, Ticket};
+use crate::observe::shares_overlay;
 pub use crate::side::Target;
 use crate::side::{Outcome, Side};
 use crate::slot::{Line, Place, Slot, in_a_thread};
@@ -110,6 +111,10 @@ impl Coherence {
 
     /// When it returns, nothing that the engine does is missed any more.
     pub fn watch(&self, target: Target) {
+        if shares_overlay(target.init, &target.merged) {
+            // Whoever is held at the engine's overlay would be this process itself, too.
+            return debug!(container = %target.key, "on its engine's own overlay: nothing to keep alike");
+        }
         if let Err(error) = mark(&self.fanotify, MarkFlags::FAN_MARK_ADD, &target.merged) {
             return warn!(container = %target.key, %error, "not told of what the engine writes: it may show late");
         }

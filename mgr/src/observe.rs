@@ -59,6 +59,27 @@ pub fn common_of(pid: i32) -> Common {
 /// # Errors
 /// `ESRCH`: the process is gone; `ENODEV`: its root is no overlay.
 pub fn overlay_root(process: Process) -> sysbox_sys::Result<OwnedFd> {
+    let (root, line) = root_mount(process)?;
+    if is_overlay(&line) {
+        return Ok(root);
+    }
+    Err(SysError::new(Errno::ENODEV, format!("/proc/{}/root: not an overlay", process.pid)))
+}
+
+/// Whether a process has its root on the very file system that is at `merged`, an engine's: so it is where the ids on disk
+/// are the container's already (userns-remap), and then there is no second side. The same tables.
+pub fn shares_overlay(process: Process, merged: &Path) -> bool {
+    let (Ok((_, line)), Ok(facts)) = (root_mount(process), nix::sys::stat::stat(merged)) else {
+        return false;
+    };
+    let number = |text: &str| text.parse().ok();
+    let device = line.split(' ').nth(2).and_then(|text| text.split_once(':'));
+    let device = device.and_then(|(major, minor)| Some((number(major)?, number(minor)?)));
+    device.is_some_and(|(major, minor)| nix::sys::stat::makedev(major, minor) == facts.st_dev)
+}
+
+/// The root directory of a process, and the line of its mountinfo file (proc(5)) about it, empty if there is none.
+fn root_mount(process: Process) -> sysbox_sys::Result<(OwnedFd, String)> {
     let path = format!("/proc/{}/root", process.pid);
     let gone = || SysError::new(Errno::ESRCH, format!("open({path})"));
     let read = |path: String| std::fs::read_to_string(&path).named(|| format!("read({path})"));
@@ -70,10 +91,9 @@ pub fn overlay_root(process: Process) -> sysbox_sys::Result<OwnedFd> {
     }
     let root = root.named(|| format!("open({path})"))?;
     let info = read(format!("/proc/self/fdinfo/{}", root.as_raw_fd()))?;
-    if mount_id(&info).is_some_and(|id| is_overlay(mounts.as_deref().unwrap_or_default(), id)) {
-        return Ok(root);
-    }
-    Err(SysError::new(Errno::ENODEV, format!("{path}: not an overlay")))
+    let mounts = mounts.unwrap_or_default();
+    let line = mount_id(&info).and_then(|id| mount_line(&mounts, id)).unwrap_or_default().to_owned();
+    Ok((root, line))
 }
 
 /// The line `mnt_id:` of /proc/PID/fdinfo/N (proc(5)).
@@ -81,10 +101,13 @@ fn mount_id(info: &str) -> Option<&str> {
     info.lines().find_map(|line| line.strip_prefix("mnt_id:")).map(str::trim)
 }
 
-/// Whether the mount `id` in the text of a mountinfo file (proc(5)) is an overlay.
-fn is_overlay(mounts: &str, id: &str) -> bool {
-    let line = mounts.lines().find(|line| line.split(' ').next() == Some(id));
-    let after = line.and_then(|line| line.split_once(" - "));
+/// The line of the mount `id` in the text of a mountinfo file (proc(5)).
+fn mount_line<'a>(mounts: &'a str, id: &str) -> Option<&'a str> {
+    mounts.lines().find(|line| line.split(' ').next() == Some(id))
+}
+
+fn is_overlay(line: &str) -> bool {
+    let after = line.split_once(" - ");
     after.is_some_and(|(_, after)| after.split(' ').next() == Some("overlay"))
 }
 
@@ -177,7 +200,7 @@ mod tests {
         let mounts = "25 1 254:0 / / rw - ext4 /dev/vda rw\n\
                       120 99 0:57 / / rw,relatime master:1 - overlay overlay rw,lowerdir=/l - x\n";
         for (id, expected) in [("120", true), ("25", false), ("12", false), ("99", false)] {
-            assert_eq!(is_overlay(mounts, id), expected, "{id}");
+            assert_eq!(mount_line(mounts, id).is_some_and(is_overlay), expected, "{id}");
         }
         assert_eq!(mount_id("pos:\t0\nflags:\t012\nmnt_id:\t120\nino:\t2\n"), Some("120"));
     }

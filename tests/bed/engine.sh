@@ -15,6 +15,7 @@ engine_config() { # the daemon.json, on stdout
     [ "${ENGINE_STORE:-}" != containerd ] || store='"features": {"containerd-snapshotter": true}'
     read -r driver parent < <(engine_cgroup)
     prefix=$(cat "$BED_HOME/subnet")
+    [ -z "${ENGINE_REMAP:-}" ] || store="$store, \"userns-remap\": \"nobody:nogroup\""
     [ "${ENGINE_ONLY:-0}" = 1 ] || runtimes="\"sysbox-runc\": {\"path\": \"$SYSBOX_RUNC\", \"runtimeArgs\": $runtime_args}"
     cat <<JSON
 {
@@ -44,7 +45,36 @@ choose_engine() {
     PATH=$ENGINE_BIN:$PATH
 }
 # What else than daemon.json an engine is started with.
-engine_words() { echo "${ENGINE:+$ENGINE: }${EXTRA_DOCKERD_ARGS:-}"; }
+engine_words() { echo "${ENGINE:+$ENGINE: }${ENGINE_REMAP:+$ENGINE_REMAP: }${EXTRA_DOCKERD_ARGS:-}"; }
+
+# ENGINE_REMAP=FIRST:COUNT: an engine with `userns-remap`. It reads its range in /etc/subuid, which is the machine's: so it
+# has mounts of its own, with other files there. What it mounts for containers is still seen by sysbox-mgr, as where
+# people have it: in peer groups of the bed's own, not in the root's, which may be shared too.
+share_for_remap() {
+    local dir
+    for dir in "$ENGINE_DATA" "$BED_RUN"; do  # both are on record for their mounts
+        mount --bind "$dir" "$dir"
+        mount --make-private "$dir"
+        mount --make-shared "$dir"
+    done
+    mkdir -p "$BED_HOME/remap"
+    for name in nobody nogroup; do echo "$name:$ENGINE_REMAP"; done >"$BED_HOME/remap/sub"
+}
+# What goes before `dockerd` in its command line: nothing, or what gives it those files.
+# shellcheck disable=SC2016
+remap_words=()
+choose_remap() {
+    [ -n "${ENGINE_REMAP:-}" ] || return 0
+    local file script='set -e; from=$1; shift
+for file in /etc/subuid /etc/subgid; do
+    mount --make-private "$(findmnt -nro TARGET -T $file)"
+    mount --bind "$from" $file
+done
+exec "$@"'
+    for file in /etc/subuid /etc/subgid; do [ -f $file ] || die "no \`$file\` to mount another over" "touch $file"; done
+    share_for_remap
+    remap_words=(unshare --mount --propagation unchanged sh -c "$script" sh "$BED_HOME/remap/sub")
+}
 
 engine_answers() { WITHIN=10 bed_docker version >/dev/null 2>&1; }
 
@@ -59,8 +89,9 @@ start_engine() {
     read -ra extra <<<"${EXTRA_DOCKERD_ARGS:-}"
     mkdir -p "$BED_HOME/cli"
     # The caller's DOCKER_* are meant for a client; dockerd reads some of them too.
+    choose_remap
     start_process dockerd env -u DOCKER_HOST -u DOCKER_CONFIG -u DOCKER_TMPDIR \
-        dockerd --config-file "$BED_HOME/daemon.json" "${args[@]}" "${extra[@]}"
+        "${remap_words[@]}" dockerd --config-file "$BED_HOME/daemon.json" "${args[@]}" "${extra[@]}"
     wait_until "${ENGINE_DEADLINE:-60}" engine_is_up_or_dead
     engine_answers || { log_tail dockerd; die "the engine did not start" "$BED_LOGS/dockerd.out"; }
 }

@@ -3,6 +3,7 @@
 # sysbox-runc. Run again it does nothing if all is well, and restarts the bed if a daemon changed or died.
 # SKIP_INSTALL=1, SKIP_BUILD=1 (take BIN_DIR as it is) and ENGINE_ONLY=1 (no sysbox, plain runc) leave parts out;
 # ENGINE=trixie|sid|newest takes that Docker instead of this machine's, ENGINE_STORE=containerd its containerd's image store;
+# ENGINE_REMAP=FIRST:COUNT gives that engine `userns-remap` with these ids;
 # LOG_LEVEL, EXTRA_MGR_ARGS, EXTRA_FS_ARGS and EXTRA_DOCKERD_ARGS reach the daemons.
 . "$(dirname "$0")/lib.sh"
 for part in network daemons engine; do . "$BED_DIR/$part.sh"; done

@@ -24,6 +24,9 @@ const ENGINES: &[(&str, &str, bool)] = &[
     ("newest", "containerd", false),
 ];
 
+/// `ENGINE_REMAP` of tests/bed/up.sh: ids that are neither Sysbox's nor the machine's.
+const REMAP: (u32, u32) = (400_000_000, 65536);
+
 /// As long as it takes to build the newest one.
 const LONG: Duration = Duration::from_secs(1800);
 
@@ -71,15 +74,39 @@ fn the_essentials_work_with_other_engines() {
             "all" => true,
             text => part.contains(text),
         } {
-            try_on_a_bed_of_its_own(engine, store, &part);
+            let bed = format!("{engine}{}", store.get(..1).unwrap_or_default());
+            let settings = [("ENGINE", *engine), ("ENGINE_STORE", *store), ("SYSBOX_OUTER", part.as_str())];
+            try_on_a_bed_of_its_own(&bed, &settings, [ESSENTIAL_TEST, IDS_TEST]);
         }
     }
 }
 
+#[test]
+fn all_of_it_works_with_an_engine_that_remaps() {
+    let ids = format!("{}:{}", REMAP.0, REMAP.1);
+    try_on_a_bed_of_its_own(
+        "remap",
+        &[("ENGINE_REMAP", &ids), ("SYSBOX_OUTER", "docker.io of this machine, userns-remap")],
+        [ESSENTIAL_TEST, IDS_TEST],
+    );
+}
+
+#[test]
+fn images_are_built_with_it_as_the_default_runtime() {
+    try_on_a_bed_of_its_own(
+        "build",
+        &[("EXTRA_DOCKERD_ARGS", "--default-runtime sysbox-runc")],
+        [BUILD_TEST, IDS_TEST],
+    );
+}
+
+const ESSENTIAL_TEST: &str = "the_essentials_work_with_the_engine_of_the_bed";
+const IDS_TEST: &str = "the_ids_are_the_engines_or_ones_of_its_own";
+const BUILD_TEST: &str = "a_build_has_the_owners_that_it_says";
+
 /// By tests/bed/test.sh, which also takes the bed down and fails if that leaves anything.
-fn try_on_a_bed_of_its_own(engine: &str, store: &str, part: &str) {
+fn try_on_a_bed_of_its_own(bed: &str, settings: &[(&str, &str)], tests: [&str; 2]) {
     let top = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-    let bed = format!("{}{}", engine, store.get(..1).unwrap_or_default());
     let mut command = Command::new(top.join("tests/bed/test.sh"));
     // The environment of the bed that this test runs on is not the other one's.
     for (name, _) in
@@ -94,11 +121,186 @@ fn try_on_a_bed_of_its_own(engine: &str, store: &str, part: &str) {
         .env("BED", bed)
         .env("BIN_DIR", programs)
         .envs([("SKIP_BUILD", "1"), ("SKIP_INSTALL", "1"), ("SUITES", "bookworm")])
-        .envs([("ENGINE", engine), ("ENGINE_STORE", store), ("SYSBOX_OUTER", part)])
+        .envs(settings.iter().copied())
         .arg(std::env::current_exe().unwrap())
-        .args(["--exact", "the_essentials_work_with_the_engine_of_the_bed", "--nocapture"]);
+        .args(tests)
+        .args(["--exact", "--nocapture"]);
     let said = run_within(&mut command, LONG);
-    assert!(said.code == 0 && said.out.contains("1 passed"), "{part}: {said:#?}");
+    assert!(said.code == 0 && said.out.contains("2 passed"), "{settings:?}: {said:#?}");
+}
+
+// ---- docker build ----
+
+/// Each kind of step, by the builder whose steps are containers of the engine's default runtime.
+const DOCKERFILE: &str = r#"FROM sysbox/debian:bookworm AS first
+ARG WORD
+ENV GREETING="hello $WORD"
+WORKDIR /build/deep
+RUN cat /proc/self/uid_map >/build/map; echo "$GREETING, $(id -u) in $(pwd)" >said
+COPY file /build/file
+COPY --chown=7:8 tree /build/tree
+ADD owned.tar /build/owned/
+RUN rm /build/tree/gone; rm -r /build/tree/again; mkdir -m 711 /build/tree/again; ln -s file /build/link; \
+    mkfifo /build/fifo; chown 65534:40000 /build/fifo; cp /bin/true /build/special; chmod 6755 /build/special; \
+    python3 -c 'import os; os.setxattr("/build/special", "security.capability", bytes.fromhex(os.environ["CAP"]))'
+USER 1000:1001
+RUN cd /tmp; id >mine; id
+FROM sysbox/debian:bookworm
+COPY --from=first /build /build
+COPY --from=first --chown=9:9 /tmp/mine /build/mine
+USER 12:13
+WORKDIR /build/tree
+CMD ["sh", "-c", "id -u; id -g; pwd"]
+"#;
+
+/// CAP_NET_RAW for all, as `setcap cap_net_raw=ep` of the host's root writes it.
+const CAP: &str = "0100000200200000000000000000000000000000";
+
+/// By stat: what each file of the image is to be for who looks at it in a container.
+const BUILT: &str = "./deep 0:0 755 directory
+./deep/said 0:0 644 regular file
+./fifo 65534:40000 644 fifo
+./file 0:0 644 regular file
+./link 0:0 777 symbolic link
+./map 0:0 644 regular file
+./mine 9:9 644 regular file
+./owned 0:0 755 directory
+./owned/kept 5:6 644 regular file
+./special 0:0 6755 regular file
+./tree 7:8 755 directory
+./tree/again 0:0 711 directory
+./tree/kept 7:8 644 regular file
+hello you, 0 in /build/deep
+uid=1000 gid=1001 groups=1001";
+
+#[test]
+fn a_build_has_the_owners_that_it_says() {
+    let dir = host_dir();
+    let path = |name: &str| dir.path().join(name);
+    std::fs::create_dir_all(path("tree/again")).unwrap();
+    for name in ["file", "tree/kept", "tree/gone", "tree/again/old"] {
+        std::fs::write(path(name), name).unwrap();
+    }
+    std::os::unix::fs::chown(path("tree/kept"), Some(3), Some(3)).unwrap();
+    let words = ["--owner=5", "--group=6", "-C", &path("tree").display().to_string(), "-cf"];
+    run_within(Command::new("tar").args(words).arg(path("owned.tar")).arg("kept"), LONG).ok();
+    std::fs::write(path("Dockerfile"), DOCKERFILE.replace("os.environ[\"CAP\"]", &format!("\"{CAP}\"")))
+        .unwrap();
+
+    let image = unique("image");
+    let build =
+        || docker(["build", "-t", &image, "--build-arg", "WORD=you", &dir.path().display().to_string()]);
+    let said = build().ok();
+    assert!(said.contains("uid=1000 gid=1001"), "{said}");
+    assert!(build().ok().matches("Using cache").count() >= 10);
+
+    let asked = std::env::var("EXTRA_DOCKERD_ARGS").unwrap_or_default();
+    let is_default = docker(["info", "-f", "{{.DefaultRuntime}}"]).ok() == sysbox_tests::engine::RUNTIME;
+    assert_eq!(is_default, asked.contains("--default-runtime sysbox-runc"), "{asked}");
+    let map = docker(["run", "--rm", "--runtime", "runc", &image, "cat", "/build/map"]).ok();
+    let host = map.split_whitespace().nth(1).unwrap().parse::<u32>().unwrap();
+    assert_eq!(host != 0, is_default, "{map}");
+    for runtime in ["runc", sysbox_tests::engine::RUNTIME] {
+        let run = |words: &[&str]| docker([&["run", "--rm", "--runtime", runtime], words].concat()).ok();
+        assert_eq!(run(&[&image]), "12\n13\n/build/tree", "{runtime}");
+        let listed =
+            "cd /build; find . ! -name . | sort | xargs stat -c '%n %u:%g %a %F'; cat deep/said mine";
+        assert_eq!(run(&["-u", "0", &image, "sh", "-c", listed]), BUILT, "{runtime}");
+        let cap = "import os; print(os.getxattr('/build/special', 'security.capability').hex())";
+        assert_eq!(run(&[&image, "python3", "-c", cap]), CAP, "{runtime}");
+    }
+    std::fs::write(path("Dockerfile"), "FROM sysbox/busybox\nRUN exit 3\n").unwrap();
+    assert!(build().refused().contains("returned a non-zero code: 3"));
+    docker(["rmi", "-f", &image]).ok();
+}
+
+// ---- the mappings of the engine ----
+
+/// Whether the engine of this bed remaps.
+fn remaps() -> bool {
+    let asked = std::env::var("ENGINE_REMAP").unwrap_or_default();
+    assert!(asked.is_empty() || asked == format!("{}:{}", REMAP.0, REMAP.1), "{asked}");
+    !asked.is_empty()
+}
+
+/// What a volume's file has as its owner on the host.
+fn on_disk(id: u32) -> u32 {
+    if remaps() { REMAP.0 + id } else { id }
+}
+
+#[test]
+fn the_ids_are_the_engines_or_ones_of_its_own() {
+    let two = [Container::waiting(BUSYBOX, &[]), Container::waiting(BUSYBOX, &[])];
+    let maps = two.each_ref().map(|one| {
+        let map = |kind: &str| {
+            let text = one.proc_file(&format!("{kind}_map"));
+            text.split_whitespace().map(|word| word.parse::<u32>().unwrap()).collect::<Vec<_>>()
+        };
+        assert_eq!(map("uid"), map("gid"));
+        map("uid")
+    });
+    if !remaps() {
+        assert_ne!(maps[0], maps[1]);
+        return;
+    }
+    assert_eq!(maps, [vec![0, REMAP.0, REMAP.1], vec![0, REMAP.0, REMAP.1]]);
+    let [container, other] = two;
+    let unmapped = Container::run(&["-u", "70000"], BUSYBOX, &["true"]).refused();
+    assert!(unmapped.contains("uid 70000 is not mapped in the container (0 to 65535)"), "{unmapped}");
+    drop(other);
+    layers_belong_to_the_mapped_ids(&container);
+    drop(container);
+    sources_are_used_as_they_are();
+    for (option, why) in [
+        ("--privileged", "privileged mode is incompatible with user namespaces"),
+        ("--userns=host", "it belongs to 400000000:400000000, who has no id in the container"),
+    ] {
+        let said = Container::run(&[option], BUSYBOX, &["true"]).refused();
+        assert!(said.contains(why), "{option}: {said}");
+    }
+    // Nobody waits for a second side, which there is not.
+    let log = PathBuf::from(std::env::var_os("SYSBOX_LOGS").unwrap()).join("sysbox-mgr.log");
+    let log = std::fs::read_to_string(log).unwrap();
+    assert!(log.contains(" INFO started ") && !log.contains("an engine was let go"), "{log}");
+}
+
+fn layers_belong_to_the_mapped_ids(container: &Container) {
+    use sysbox_tests::host::owner;
+    let (dir, layer) = (host_dir(), upper(container));
+    let from = dir.path().join("in");
+    std::fs::write(&from, "in").unwrap();
+    docker(["cp", &from.display().to_string(), &format!("{}:/root/in", container.name)]).ok();
+    let script = "stat -c %u:%g /root/in /; echo >/root/own; chown 7:8 /root/own; chmod 600 /root/own";
+    assert_eq!(container.sh(script), "0:0\n0:0");
+    assert_eq!(owner(&layer.join("root/in")), (REMAP.0, REMAP.0, 0o644));
+    assert_eq!(owner(&layer.join("root/own")), (REMAP.0 + 7, REMAP.0 + 8, 0o600));
+    let image = unique("image");
+    docker(["commit", &container.name, &image]).ok();
+    for runtime in ["runc", sysbox_tests::engine::RUNTIME] {
+        let words =
+            ["run", "--rm", "--runtime", runtime, &image, "stat", "-c", "%u:%g", "/root/in", "/root/own"];
+        assert_eq!(docker(words).ok(), "0:0\n7:8", "{runtime}");
+    }
+    docker(["rmi", "-f", &image]).ok();
+}
+
+/// As with runc: who remaps gives his directories to the mapped ids.
+fn sources_are_used_as_they_are() {
+    let dir = host_dir();
+    for (name, id) in [("given", REMAP.0 + 5), ("hosts", 0)] {
+        let path = dir.path().join(name);
+        std::fs::create_dir(&path).unwrap();
+        std::os::unix::fs::chown(&path, Some(id), Some(id)).unwrap();
+    }
+    let bind = format!("{}:/x", dir.path().display());
+    for runtime in ["runc", sysbox_tests::engine::RUNTIME] {
+        let script =
+            "stat -c %u:%g /x/given /x/hosts; touch /x/given/new && rm /x/given/new; touch /x/hosts/new 2>&1";
+        let said = docker(["run", "--rm", "--runtime", runtime, "-v", &bind, BUSYBOX, "sh", "-c", script]);
+        assert_eq!((said.code, said.out.lines().count()), (1, 3), "{runtime}: {said:#?}");
+        assert!(said.out.starts_with("5:5\n65534:65534\n"), "{runtime}: {said:#?}");
+        assert!(said.out.contains("/x/hosts/new: Permission denied"), "{runtime}: {said:#?}");
+    }
 }
 
 // ---- the essentials ----
@@ -199,7 +401,7 @@ fn has_volumes() {
     );
     assert!(container.try_sh("touch /x/new").refused().contains("Read-only file system"));
     container.sh("touch /etc/new; chown 7:8 /etc/new; touch /t/new");
-    assert_eq!(sysbox_tests::host::owner(&volume.path().join("new")), (7, 8, 0o644));
+    assert_eq!(sysbox_tests::host::owner(&volume.path().join("new")), (on_disk(7), on_disk(8), 0o644));
     drop(container);
 }
 

@@ -110,4 +110,11 @@ fn a_label_that_cannot_be_applied_is_refused() {
         assert!(said.contains(pointer) && said.contains(why), "{said}");
         assert_eq!(machine.remains(id), Vec::<String>::new());
     }
+    // As an engine hands it on that knows of labels, on a host without them.
+    let bundle = machine.bundle("empty", &["/bin/echo", "ran"]);
+    bundle.edit(|config| {
+        config["process"]["selinuxLabel"] = json!("");
+        config["linux"]["mountLabel"] = json!("");
+    });
+    assert_eq!(machine.run(&bundle, "empty").ok().trim_end(), "ran");
 }

@@ -76,6 +76,12 @@ pub enum PlanError {
     /// libcontainer makes devices and links by path there, before the root is changed: they would be made on the host.
     #[error("rootfs: /dev is a symbolic link; hint: replace it by a directory")]
     DevIsLink,
+    /// Everything on it would be nobody's.
+    #[error(
+        "rootfs {}: it belongs to {owner}, who has no id in the container; hint: an engine with userns-remap has to hand on \
+         its mappings: leave `--userns=host` out", path.display()
+    )]
+    Foreign { path: PathBuf, owner: String },
     #[error(
         "data root {}, which {told_by} of the image names, cannot be one: {why}; hint: mount a volume there, or change the file",
         path.display()
@@ -206,9 +212,7 @@ pub fn plan(
     let mut spec = bundle.spec.clone();
     let read_only = spec.root().as_ref().is_some_and(|root| root.readonly().unwrap_or(false));
     let map = &grant.id_map;
-    // A rootfs that belongs to the container's root already is shifted on disk (userns-remap): shifting again is wrong.
-    let shifted = survey.root_owner == (map.root_uid(), map.root_gid());
-    let root = Root { shift: if shifted { Shift::Never } else { Shift::Must }, read_only };
+    let root = root(bundle, survey, map, read_only)?;
     let mut warnings: Vec<String> = open_rootfs(bundle, survey, root).into_iter().collect();
     warnings.extend(settings.needless.iter().map(|why| (*why).to_owned()));
     if let Some(other) = grant.same_rootfs.as_ref().filter(|_| !read_only) {
@@ -254,6 +258,8 @@ pub fn plan(
         linux.set_rootfs_propagation(Some("shared".to_owned()));
     }
     linux.set_cgroups_path(None);
+    // Only an empty one comes so far, which libcontainer would hand to the kernel as `context=""`.
+    linux.set_mount_label(None);
 
     if let Some(name) = domainname {
         spec.set_domainname(Some(name));
@@ -286,6 +292,18 @@ pub fn plan(
         seccomp,
         warnings,
     })
+}
+
+/// A rootfs that belongs to the container's root already is shifted on disk (userns-remap): shifting again is wrong.
+fn root(bundle: &Bundle, survey: &Survey, map: &IdMap, read_only: bool) -> Result<Root, PlanError> {
+    let (uid, gid) = survey.root_owner;
+    if (uid, gid) == (map.root_uid(), map.root_gid()) {
+        return Ok(Root { shift: Shift::Never, read_only });
+    }
+    if map.host_uid(uid).is_none() || map.host_gid(gid).is_none() {
+        return Err(PlanError::Foreign { path: bundle.rootfs.clone(), owner: format!("{uid}:{gid}") });
+    }
+    Ok(Root { shift: Shift::Must, read_only })
 }
 
 /// libcontainer's names for what runc knows; it changes the whole tree in any case.
