@@ -79,6 +79,7 @@ pub fn exec(call: &Call<'_>, args: &ExecArgs) -> Result<i32> {
         }
         None => (None, None),
     };
+    let keyring = (!state.no_new_keyring).then(|| format!("_ses.{}", args.id));
     let launch = Launch {
         id: &args.id,
         bundle: &state.bundle,
@@ -88,7 +89,7 @@ pub fn exec(call: &Call<'_>, args: &ExecArgs) -> Result<i32> {
         console_socket,
         preserve_fds: args.preserve_fds,
         no_pivot: false,
-        init: Init::new(entry, filter, giver, Role::Later, Some(format!("_ses.{}", args.id)), sink),
+        init: Init::new(entry, filter, giver, Role::Later, keyring, sink),
     };
     let raise =
         if state.facts.raise_rlimits && state.settings.common.syscont_mode { Raise::Yes } else { Raise::No };
@@ -112,7 +113,7 @@ pub fn exec(call: &Call<'_>, args: &ExecArgs) -> Result<i32> {
     let started = launch.exec(enter, before_start, after_start)?;
     tracing::debug!(pid = started.pid, "the program runs");
     if let Some(path) = &args.pidfd_socket {
-        send_pidfd(path, started)?;
+        send_pidfd(path, "setns", started)?;
     }
     if let Some(path) = &args.pid_file {
         write_pid_file(path, started.pid)?;
@@ -153,7 +154,7 @@ fn process_of(args: &ExecArgs, base: &Process) -> Result<Process> {
         process.set_apparmor_profile(Some(profile.clone()));
     }
     let mut env = process.env().clone().unwrap_or_default();
-    env.extend(args.env.iter().cloned());
+    env.extend(args.env.iter().filter(|pair| !pair.is_empty()).cloned());
     process.set_env(Some(env));
     if let Some(asked) = args.no_new_privs {
         process.set_no_new_privileges(Some(asked));
