@@ -23,8 +23,8 @@ pub struct Attendance {
 }
 
 impl Attendance {
-    /// Blocks all signals for this process and reads them from a descriptor. Init starts with none blocked: the start
-    /// resets the mask.
+    /// Blocks all signals for this process and reads them from a descriptor. A container's process starts with none blocked
+    /// (`init.rs`).
     ///
     /// # Errors
     /// `signalfd` failing.

@@ -29,6 +29,9 @@ use crate::listener::Giver;
 use crate::plan::Entry;
 use crate::sink::Sink;
 
+/// Majors of the slaves of pseudo-terminals (devices.txt of the kernel).
+const PTY_SLAVES: std::ops::RangeInclusive<u32> = 136..=143;
+
 /// Which of the two kinds of process this becomes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
@@ -100,14 +103,21 @@ impl Init {
             let sized = sysbox_sys::terminal::set_size(std::io::stdin().as_fd(), columns, rows);
             sized.map_err(|error| error.to_string())?;
         }
+        own_terminal(entry.uid)?;
         if let Some(name) = &self.keyring {
-            match sysbox_sys::keyring::join_session(name) {
+            let joined = sysbox_sys::keyring::join_session(name).and_then(|keyring| match self.role {
+                // So that later processes share it.
+                Role::First => sysbox_sys::keyring::let_user_search(keyring),
+                Role::Later => Ok(()),
+            });
+            match joined {
                 // A kernel or a profile without keys: there is nothing to be found then.
                 Ok(()) => {}
                 Err(error) if matches!(error.errno, Errno::ENOSYS | Errno::EPERM) => {}
                 Err(error) => return Err(error.to_string()),
             }
         }
+        check_names(&entry.env)?;
         let groups: Vec<Gid> = entry.groups.iter().copied().map(Gid::from_raw).collect();
         setgroups(&groups).map_err(|errno| format!("setgroups: {}", errno.desc()))?;
         let path = self.as_user(|| {
@@ -186,6 +196,7 @@ impl Init {
     fn environment(&self) -> Vec<CString> {
         let mut all = self.entry.env.clone();
         all.extend(self.listen.get().into_iter().flatten().cloned());
+        keep_last(&mut all);
         if !all.iter().any(|pair| pair.starts_with("HOME=") && pair.len() > "HOME=".len()) {
             all.retain(|pair| pair != "HOME=");
             all.push(format!("HOME={}", home_of(self.entry.uid)));
@@ -237,10 +248,30 @@ impl Executor for Init {
             self.entry.args.iter().filter_map(|arg| CString::new(arg.as_str()).ok()).collect();
         let args: Vec<&CStr> = args.iter().map(CString::as_c_str).collect();
         let environment: Vec<&CStr> = environment.iter().map(CString::as_c_str).collect();
+        // A filter may not allow it later, and the runtime has blocked those that it waits for.
+        sysbox_sys::process::reset_signals().map_err(|error| failed(error.to_string()))?;
         self.become_entry().map_err(failed)?;
         let Err(errno) = nix::unistd::execve(program, &args, &environment);
         Err(failed(format!("exec {}: {}", program.to_string_lossy(), errno.desc().to_lowercase())))
     }
+}
+
+/// In runc's words.
+fn check_names(env: &[String]) -> Result<(), String> {
+    let why = env.iter().rev().find_map(|pair| match pair.find('=') {
+        None => Some("missing '='"),
+        Some(0) => Some("name cannot be empty"),
+        Some(_) => None,
+    });
+    why.map_or(Ok(()), |why| Err(format!("invalid environment variable: {why}")))
+}
+
+/// Of variables with one name the last: an exec adds to what the container has, and getenv(3) takes the first.
+fn keep_last(env: &mut Vec<String>) {
+    let mut seen = HashSet::new();
+    env.reverse();
+    env.retain(|pair| seen.insert(pair.split('=').next().unwrap_or_default().to_owned()));
+    env.reverse();
 }
 
 /// A working directory outside the root would be a way out (CVE-2024-21626): the kernel then has no path for it.
@@ -323,6 +354,26 @@ fn home_in(passwd: &str, uid: u32) -> Option<String> {
     })
 }
 
+/// Gives the process its terminal, which root of the container made: only an owner may open /dev/pts/N again. The group is
+/// what the devpts says. One from outside stays its owner's, over whom nobody inside has rights.
+fn own_terminal(uid: u32) -> Result<(), String> {
+    let give = |stream: std::os::fd::BorrowedFd<'_>| -> nix::Result<()> {
+        let facts = nix::sys::stat::fstat(stream)?;
+        let terminal = PTY_SLAVES.contains(&libc::major(facts.st_rdev));
+        if facts.st_mode & libc::S_IFMT != libc::S_IFCHR || !terminal || facts.st_uid == uid {
+            return Ok(());
+        }
+        match nix::unistd::fchown(stream, Some(Uid::from_raw(uid)), None) {
+            Err(Errno::EINVAL | Errno::EPERM | Errno::EROFS) => Ok(()),
+            done => done,
+        }
+    };
+    let all = give(std::io::stdin().as_fd())
+        .and_then(|()| give(std::io::stdout().as_fd()))
+        .and_then(|()| give(std::io::stderr().as_fd()));
+    all.map_err(|errno| format!("give the terminal to user {uid}: {}", errno.desc()))
+}
+
 /// Gives the container's process its standard streams when they are pipes: only an owner may open /dev/stdout again.
 /// Devices and files of the host keep their owner.
 ///
@@ -374,6 +425,19 @@ mod tests {
             "exec: \"/gone\": stat /gone: no such file or directory"
         );
         assert!(find_program("/usr", &[]).unwrap_err().ends_with("permission denied"));
+    }
+
+    #[test]
+    fn of_variables_with_one_name_the_last_is_kept() {
+        let texts = |all: &[&str]| all.iter().map(|text| (*text).to_owned()).collect::<Vec<_>>();
+        let mut env = texts(&["A=1", "B=", "A=2=3", "AA=4", "B=5"]);
+        assert_eq!(check_names(&env), Ok(()));
+        keep_last(&mut env);
+        assert_eq!(env, texts(&["A=2=3", "AA=4", "B=5"]));
+        for (pair, why) in [("A", "missing '='"), ("", "missing '='"), ("=x", "name cannot be empty")] {
+            let said = check_names(&texts(&["A=1", pair])).unwrap_err();
+            assert_eq!(said, format!("invalid environment variable: {why}"));
+        }
     }
 
     #[test]

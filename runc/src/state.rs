@@ -74,6 +74,9 @@ pub struct State {
     pub facts: HostFacts,
     #[serde(default)]
     pub settings: Settings,
+    /// Made with `--no-new-keyring`: later processes keep the caller's session keyring as init did.
+    #[serde(default)]
+    pub no_new_keyring: bool,
     /// Its init is systemd.
     #[serde(default)]
     pub systemd: bool,

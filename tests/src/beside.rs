@@ -146,7 +146,8 @@ impl Side {
         self.command(line, id, Some(input))
     }
 
-    fn command(&self, line: &str, id: &str, input: Option<&Path>) -> Said {
+    /// The words of a call: program, place, line.
+    pub fn words(&self, line: &str, id: &str) -> Vec<String> {
         let (globals, line) = match line.strip_prefix('!') {
             Some(line) => (&[][..], line),
             None => (&self.globals[..], line),
@@ -159,15 +160,18 @@ impl Side {
                 .replace("{d}", &self.dir.display().to_string())
                 .replace("{id}", id),
         });
+        let program = self.program.display().to_string();
+        [program].into_iter().chain(globals.iter().cloned()).chain(words).collect()
+    }
+
+    fn command(&self, line: &str, id: &str, input: Option<&Path>) -> Said {
         // Files, not pipes: a container that goes on keeps its standard streams.
         let file = |name: &str| fs::File::create(self.dir.join(name)).expect("create our own file");
         let input =
             input.map_or_else(Stdio::null, |path| fs::File::open(path).expect("open our own file").into());
         let mut child = Command::new("/usr/bin/timeout")
             .args(["-k", "5", "60"])
-            .arg(&self.program)
-            .args(globals)
-            .args(words)
+            .args(self.words(line, id))
             .current_dir(&self.dir)
             .stdin(input)
             .stdout(file(".out"))

@@ -9,3 +9,4 @@ pub mod matrix;
 pub mod measure;
 pub mod mutate;
 pub mod runtime;
+pub mod terminal;

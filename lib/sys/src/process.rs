@@ -176,6 +176,28 @@ pub fn children() -> Result<Vec<Process>> {
     Ok(pids.filter(is_ours).filter_map(|pid| identify(pid).ok()).collect())
 }
 
+/// Makes this process take signals as one that was never told about any: none blocked, none ignored. What is inherited as
+/// ignored of SIGHUP and SIGINT stays so (nohup(1)). For before an exec: both outlive it, and Rust's own start ignores
+/// SIGPIPE. Adds to rt_sigaction(2) the two signals that glibc keeps for itself and leaves ignored in what it spawns.
+///
+/// # Errors
+/// None that a kernel has for these calls.
+pub fn reset_signals() -> Result<()> {
+    const KEPT: [libc::c_int; 4] = [libc::SIGHUP, libc::SIGINT, libc::SIGKILL, libc::SIGSTOP];
+    /// The kernel's `struct sigaction`: handler (SIG_DFL is 0), flags, restorer, mask; some machines have no restorer.
+    const DEFAULT: [u64; 4] = [0; 4];
+    const SIGNALS: libc::c_int = 64;
+    for number in (1..=SIGNALS).filter(|number| !KEPT.contains(number)) {
+        let nothing = std::ptr::null_mut::<u64>();
+        // SAFETY: the kernel reads one of its sigactions from `DEFAULT`, with a mask of 8 bytes, and writes nothing.
+        let done = unsafe {
+            libc::syscall(libc::SYS_rt_sigaction, number, DEFAULT.as_ptr(), nothing, size_of::<u64>())
+        };
+        Errno::result(done).map(drop).named(|| format!("rt_sigaction({number})"))?;
+    }
+    nix::sys::signal::SigSet::empty().thread_set_mask().named(|| "rt_sigprocmask".to_owned())
+}
+
 /// Runs `work` in a forked child that dies with this process, and ends the child with its result as exit code.
 ///
 /// # Errors

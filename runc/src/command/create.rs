@@ -111,6 +111,7 @@ fn attempt<'a>(
     let mut state = State {
         carried,
         systemd: settings.common.syscont_mode && survey.systemd,
+        no_new_keyring: args.no_new_keyring,
         ..state_of(home, &bundle, &grant, cgroup, settings, agent)?
     };
     // From here on a `delete --force` after our death finds what to take away.
@@ -183,7 +184,7 @@ fn finish(
     home.save(state)?;
     tracing::debug!(pid = init.pid, "init waits for the start");
     if let Some(path) = &args.pidfd_socket {
-        send_pidfd(path, init)?;
+        send_pidfd(path, "standard", init)?;
     }
     if let Some(path) = &args.pid_file {
         write_pid_file(path, init.pid)?;
@@ -340,6 +341,7 @@ fn state_of(
         facts: grant.facts.clone(),
         settings,
         systemd: false,
+        no_new_keyring: false,
         agent,
         cgroup,
         creator: sysbox_sys::process::myself()?,

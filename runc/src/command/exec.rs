@@ -79,6 +79,7 @@ pub fn exec(call: &Call<'_>, args: &ExecArgs) -> Result<i32> {
         }
         None => (None, None),
     };
+    let keyring = (!state.no_new_keyring).then(|| format!("_ses.{}", args.id));
     let launch = Launch {
         id: &args.id,
         bundle: &state.bundle,
@@ -88,7 +89,7 @@ pub fn exec(call: &Call<'_>, args: &ExecArgs) -> Result<i32> {
         console_socket,
         preserve_fds: args.preserve_fds,
         no_pivot: false,
-        init: Init::new(entry, filter, giver, Role::Later, Some(format!("_ses.{}", args.id)), sink),
+        init: Init::new(entry, filter, giver, Role::Later, keyring, sink),
     };
     let raise =
         if state.facts.raise_rlimits && state.settings.common.syscont_mode { Raise::Yes } else { Raise::No };
@@ -125,7 +126,7 @@ pub fn exec(call: &Call<'_>, args: &ExecArgs) -> Result<i32> {
 /// Those who asked to hear of the process.
 fn tell(args: &ExecArgs, started: Made) -> Result<()> {
     if let Some(path) = &args.pidfd_socket {
-        send_pidfd(path, started)?;
+        send_pidfd(path, "setns", started)?;
     }
     if let Some(path) = &args.pid_file {
         write_pid_file(path, started.pid)?;
@@ -163,7 +164,7 @@ fn process_of(args: &ExecArgs, base: &Process) -> Result<Process> {
         process.set_apparmor_profile(Some(profile.clone()));
     }
     let mut env = process.env().clone().unwrap_or_default();
-    env.extend(args.env.iter().cloned());
+    env.extend(args.env.iter().filter(|pair| !pair.is_empty()).cloned());
     process.set_env(Some(env));
     if let Some(asked) = args.no_new_privs {
         process.set_no_new_privileges(Some(asked));

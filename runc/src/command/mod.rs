@@ -90,17 +90,17 @@ pub fn require_preserved(listen_fds: i32, count: i32) -> Result<()> {
     Ok(())
 }
 
-/// Sends a pidfd of a container's process to who listens there.
+/// Sends a pidfd of a container's process to who listens there, with the word by which runc says what kind of process it is.
 ///
 /// # Errors
 /// Nobody listening, or the process having ended.
-pub fn send_pidfd(socket: &Path, process: Process) -> Result<()> {
+pub fn send_pidfd(socket: &Path, kind: &str, process: Process) -> Result<()> {
     let shown = || format!("--pidfd-socket {}", socket.display());
     let peer = std::os::unix::net::UnixStream::connect(socket).with_context(shown)?;
     let pidfd = sysbox_sys::process::pidfd_open(process)?;
     let fds = [std::os::fd::AsRawFd::as_raw_fd(&pidfd)];
     let rights = [ControlMessage::ScmRights(&fds)];
-    let name = [std::io::IoSlice::new(b"pidfd")];
+    let name = [std::io::IoSlice::new(kind.as_bytes())];
     sendmsg::<()>(std::os::fd::AsRawFd::as_raw_fd(&peer), &name, &rights, MsgFlags::empty(), None)
         .map(|_| ())
         .with_context(shown)
