@@ -64,7 +64,7 @@ fn take_from(peer: &UnixStream) -> (String, OwnedFd) {
     let length = got.bytes;
     assert_eq!(all.len(), 1, "one descriptor");
     let one = all.pop().expect("one descriptor");
-    (String::from_utf8_lossy(&bytes[..length]).into_owned(), one.into())
+    (String::from_utf8_lossy(&bytes[..length]).into_owned(), one)
 }
 
 /// The master of a terminal, and what was read from it.
