@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -34,7 +34,7 @@ pub fn events(call: &Call<'_>, args: &EventsArgs) -> Result<()> {
     if args.once {
         return tell(&stats());
     }
-    let watch = Watch::of(&state.cgroup)?;
+    let mut watch = Watch::of(&state.cgroup)?;
     let mut due = Instant::now() + args.interval;
     loop {
         match watch.wait(due.saturating_duration_since(Instant::now()))? {
@@ -67,14 +67,12 @@ enum News {
 enum Watch {
     /// `cgroup.event_control` of version 1 (memcg_test.rst): an eventfd that also wakes when the cgroup goes. The open file
     /// is what the kernel was told of.
-    One {
-        event: EventFd,
-        control: PathBuf,
-        _oom: File,
-    },
+    One { event: EventFd, control: PathBuf, _oom: File },
     Two {
         inotify: Inotify,
         dir: PathBuf,
+        /// So many have been killed by now.
+        killed: u64,
     },
 }
 
@@ -89,7 +87,9 @@ impl Watch {
                 let added = inotify.add_watch(&path, AddWatchFlags::IN_MODIFY);
                 added.with_context(|| format!("watch {}", path.display()))?;
             }
-            return Ok(Self::Two { inotify, dir });
+            // What was killed before is no news.
+            let killed = killed_in(&dir);
+            return Ok(Self::Two { inotify, dir, killed });
         }
         let path = dir.join("memory.oom_control");
         let oom = File::open(&path).with_context(|| format!("open {}", path.display()))?;
@@ -101,8 +101,8 @@ impl Watch {
         Ok(Self::One { event, control, _oom: oom })
     }
 
-    fn wait(&self, limit: Duration) -> Result<News> {
-        let fd = match self {
+    fn wait(&mut self, limit: Duration) -> Result<News> {
+        let fd = match &*self {
             Watch::One { event, .. } => event.as_fd(),
             Watch::Two { inotify, .. } => inotify.as_fd(),
         };
@@ -118,18 +118,49 @@ impl Watch {
                 event.read().context("read the eventfd")?;
                 Ok(if control.exists() { News::OutOfMemory } else { News::Gone })
             }
-            Watch::Two { inotify, dir } => {
+            Watch::Two { inotify, dir, killed } => {
                 inotify.read_events().context("read inotify")?;
-                let read = |file: &str| fs::read_to_string(dir.join(file)).unwrap_or_default();
-                let has = |text: &str, line: &str| text.lines().any(|found| found == line);
-                let life = read("cgroup.events");
-                if life.is_empty() || has(&life, "populated 0") {
-                    return Ok(News::Gone);
-                }
-                let memory = read("memory.events");
-                let killed = memory.lines().find_map(|line| line.strip_prefix("oom_kill "));
-                Ok(if killed.is_some_and(|count| count != "0") { News::OutOfMemory } else { News::Nothing })
+                Ok(news_of(dir, killed))
             }
         }
+    }
+}
+
+/// Both files wake the reader for other things too: a limit that was reached, a pause.
+fn news_of(dir: &Path, killed: &mut u64) -> News {
+    let life = fs::read_to_string(dir.join("cgroup.events")).unwrap_or_default();
+    if life.is_empty() || life.lines().any(|line| line == "populated 0") {
+        return News::Gone;
+    }
+    let before = std::mem::replace(killed, killed_in(dir));
+    if *killed > before { News::OutOfMemory } else { News::Nothing }
+}
+
+fn killed_in(dir: &Path) -> u64 {
+    let memory = fs::read_to_string(dir.join("memory.events")).unwrap_or_default();
+    let count = memory.lines().find_map(|line| line.strip_prefix("oom_kill "));
+    count.and_then(|count| count.parse().ok()).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_kill_is_news_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |file: &str, text: &str| fs::write(dir.path().join(file), text).unwrap();
+        let mut killed = 0;
+        write("cgroup.events", "populated 1\nfrozen 0\n");
+        for (oom, expected) in
+            [(0, News::Nothing), (1, News::OutOfMemory), (1, News::Nothing), (3, News::OutOfMemory)]
+        {
+            write("memory.events", &format!("max 7\noom {oom}\noom_kill {oom}\noom_group_kill 0\n"));
+            assert_eq!(news_of(dir.path(), &mut killed), expected);
+        }
+        write("cgroup.events", "populated 1\nfrozen 1\n");
+        assert_eq!(news_of(dir.path(), &mut killed), News::Nothing);
+        write("cgroup.events", "populated 0\nfrozen 0\n");
+        assert_eq!(news_of(dir.path(), &mut killed), News::Gone);
     }
 }

@@ -71,8 +71,9 @@ pub(super) fn plan(spec: &Spec, survey: &Survey, map: &IdMap, machine: bool) -> 
         if NOT_NODES.iter().any(|other| Path::new(other) == path) {
             continue;
         }
-        let number =
-            |value: i64| u32::try_from(value).map_err(|_| PlanError::DevicePath { path: path.clone() });
+        let number = |value: i64| {
+            u32::try_from(value).map_err(|_| PlanError::DeviceNumber { path: path.clone(), number: value })
+        };
         let standard = nodes.iter().any(|node| node.path == *path && node.standard);
         nodes.retain(|node| node.path != *path);
         nodes.push(Node {

@@ -89,6 +89,8 @@ pub enum PlanError {
     DataRoot { path: PathBuf, told_by: &'static str, why: &'static str },
     #[error("/linux/devices: {} is not below /dev", path.display())]
     DevicePath { path: PathBuf },
+    #[error("/linux/devices: {}: {number} is no number of a device", path.display())]
+    DeviceNumber { path: PathBuf, number: i64 },
     #[error("/linux/rootfsPropagation: `{asked}` is not one of shared, slave, private, unbindable")]
     Propagation { asked: String },
     #[error("/process/env: invalid environment variable: {why}")]

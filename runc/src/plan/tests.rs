@@ -271,6 +271,9 @@ fn devices_outside_dev_are_refused() {
     for path in ["/etc/x", "/dev", "/dev/../etc/x", "dev/x"] {
         assert_eq!(with(path).unwrap_err(), PlanError::DevicePath { path: path.into() });
     }
+    let numbered = json!({"devices": [{"path": "/dev/x", "type": "c", "major": -1, "minor": 3}]});
+    let said = planned(spec(json!([]), numbered)).unwrap_err().to_string();
+    assert_eq!(said, "/linux/devices: /dev/x: -1 is no number of a device");
     assert!(with("/dev/mine").unwrap().nodes.iter().any(|node| node.path == Path::new("/dev/mine")));
 }
 
