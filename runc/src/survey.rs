@@ -58,6 +58,8 @@ pub struct Survey {
     pub unusable_roots: Vec<PathBuf>,
     /// Those at which it has a directory.
     pub present_roots: Vec<PathBuf>,
+    /// Destinations of `tmpcopyup` at which the image has nothing to copy: nothing at all, or an empty directory.
+    pub bare: Vec<PathBuf>,
     /// Whether what holds the writable layer, or the rootfs that is none, can hold the upper layer of an overlay of a user
     /// namespace.
     pub takes_overlays: bool,
@@ -104,6 +106,7 @@ pub fn look(bundle: &Bundle) -> Result<Survey, SurveyError> {
     let moved_roots = std::fs::File::open(&bundle.rootfs)
         .map(|root| elsewhere::look(root.as_fd()))
         .map_err(|source| SurveyError::Rootfs { path: bundle.rootfs.clone(), source })?;
+    let bare = bare_of(&bundle.rootfs, &bundle.spec);
     let (present_roots, unusable_roots) = roots_of(&bundle.rootfs, &moved_roots);
     Ok(Survey {
         ground: ground.clone(),
@@ -113,6 +116,7 @@ pub fn look(bundle: &Bundle) -> Result<Survey, SurveyError> {
         sources: sources_of(&bundle.spec, &bundle.dir),
         unusable_roots,
         present_roots,
+        bare,
         takes_overlays: takes_overlays(match &ground {
             Ground::Overlay(overlay) => &overlay.upper,
             Ground::Directory => &bundle.rootfs,
@@ -150,6 +154,24 @@ fn roots_of(rootfs: &Path, moved: &[Moved]) -> (Vec<PathBuf>, Vec<PathBuf>) {
         }
     }
     (present, unusable)
+}
+
+/// As the container will resolve them, but for its own mounts.
+fn bare_of(rootfs: &Path, spec: &Spec) -> Vec<PathBuf> {
+    use nix::errno::Errno;
+    use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
+    let Ok(root) = std::fs::File::open(rootfs) else { return Vec::new() };
+    let how = OpenHow::new()
+        .flags(OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_IN_ROOT);
+    let is_bare = |path: &Path| match openat2(&root, path, how) {
+        // `.` and `..`
+        Ok(dir) => nix::dir::Dir::from_fd(dir).is_ok_and(|mut dir| dir.iter().take(3).count() == 2),
+        Err(errno) => errno == Errno::ENOENT,
+    };
+    let asked = spec.mounts().iter().flatten();
+    let asked = asked.filter(|mount| mount.options().iter().flatten().any(|option| option == "tmpcopyup"));
+    asked.map(|mount| mount.destination().clone()).filter(|path| is_bare(path)).collect()
 }
 
 /// What the kernel wants of an upper layer (ovl_get_upper), as far as it can be seen without making anything: a file system that

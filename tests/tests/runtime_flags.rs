@@ -1,5 +1,6 @@
 //! What the flags of create, run and exec do, looked at from inside and outside, side by side with runc. runc is the oracle:
 //! the same look is taken at both.
+#![allow(clippy::unwrap_used)] // all of it is tests; the lint's exception misses their helpers
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;

@@ -1,5 +1,6 @@
 //! Terminals and pidfds: who listens at a socket gets them, and what runs inside has a terminal that is its own, as with
 //! runc. runc is the oracle; the same look is taken inside both.
+#![allow(clippy::unwrap_used)] // all of it is tests; the lint's exception misses their helpers
 
 use std::fs;
 use std::os::fd::AsRawFd;

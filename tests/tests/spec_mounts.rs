@@ -160,11 +160,6 @@ fn what_a_mount_cannot_have_is_refused_by_name() {
             "only be mapped for a bind mount",
         ),
         (
-            "copyup",
-            json!({"type": "tmpfs", "source": "t", "options": ["tmpcopyup"]}),
-            "`tmpcopyup` is not supported",
-        ),
-        (
             "overlap",
             json!({"type": "bind", "source": source, "gidMappings": line, "uidMappings": [
                 {"containerID": 0, "hostID": 100_000, "size": 9}, {"containerID": 3, "hostID": 200_000, "size": 9},

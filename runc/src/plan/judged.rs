@@ -42,6 +42,7 @@ pub(super) fn planned_on(spec: Spec, change: impl FnOnce(&mut Survey)) -> Result
         moved_roots: vec![],
         unusable_roots: vec![],
         present_roots: vec![],
+        bare: vec![],
         takes_overlays: true,
         present: vec!["/dev/fuse", "/sys/kernel/debug"],
         systemd: false,

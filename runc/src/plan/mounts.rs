@@ -12,7 +12,7 @@ use sysbox_ipc::IdMap;
 use sysbox_ipc::fs::Prepared;
 use sysbox_ipc::mgr::Grant;
 
-use super::options::{Attributes, Flags, MountMap, flags, own_map, refuse, shift_extent};
+use super::options::{Attributes, Flags, MountMap, flags, own_map, refuse, shift_extent, without_copy_up};
 use super::places::writable;
 use super::{LayerRoot, PlanError, Root, Settings, Stage, Volume};
 use crate::bundle::Bundle;
@@ -170,7 +170,10 @@ pub(super) fn plan(
     let locked = locked_binds(&asked);
     // Ours lie below what the user has put there.
     for at in (theirs..asked.len()).chain(0..theirs) {
-        planner.spec_mount(at, &asked[at], locked.contains(&at))?;
+        // What another mount brings there is not known.
+        let bare = parent_of(&asked, at).is_none() && survey.bare.contains(asked[at].destination());
+        let listed = Listed { at, locked: locked.contains(&at), bare };
+        planner.spec_mount(listed, &asked[at])?;
     }
     planner.machine_mounts(&asked, prepared);
     planner.data_roots(&asked, &grant.volumes)?;
@@ -279,10 +282,19 @@ struct Planner<'a> {
     staged: usize,
 }
 
+/// A mount of the spec among the others.
+#[derive(Debug, Clone, Copy)]
+struct Listed {
+    at: usize,
+    locked: bool,
+    bare: bool,
+}
+
 const NO: [&str; 3] = ["nosuid", "noexec", "nodev"];
 
 impl Planner<'_> {
-    fn spec_mount(&mut self, at: usize, asked: &Mount, locked: bool) -> Result<(), PlanError> {
+    fn spec_mount(&mut self, listed: Listed, asked: &Mount) -> Result<(), PlanError> {
+        let Listed { at, locked, bare } = listed;
         check_place(at, asked)?;
         let destination = asked.destination().clone();
         let typ = asked.typ().as_deref().unwrap_or_default();
@@ -290,9 +302,9 @@ impl Planner<'_> {
         if is_bind(asked) && !below_cgroup {
             return self.bind(at, asked, locked);
         }
-        refuse(at, asked)?;
+        refuse(at, asked, bare)?;
         if !self.machine() && !below_cgroup {
-            self.done.mounts.push(asked.clone());
+            self.done.mounts.push(without_copy_up(asked));
             return Ok(());
         }
         match destination.to_str() {
@@ -313,7 +325,7 @@ impl Planner<'_> {
             // The container's own hierarchies show what the engine's single mounts would have.
             _ if below_cgroup => {}
             _ if matches!(typ, "proc" | "sysfs") => self.done.mounts.push(mount(destination, typ, typ, &NO)),
-            _ => self.done.mounts.push(asked.clone()),
+            _ => self.done.mounts.push(without_copy_up(asked)),
         }
         Ok(())
     }

@@ -105,16 +105,31 @@ pub(super) fn own_map(at: usize, asked: &Mount) -> Result<Option<MountMap>, Plan
     }
 }
 
-/// What cannot be had of a mount that is no bind.
-pub(super) fn refuse(at: usize, asked: &Mount) -> Result<(), PlanError> {
+/// What cannot be had of a mount that is no bind; `bare`: there is nothing below it that could be copied.
+pub(super) fn refuse(at: usize, asked: &Mount, bare: bool) -> Result<(), PlanError> {
     let why = if shift_extent(asked).is_some() {
         "ids can only be mapped for a bind mount"
-    } else if has(asked, "tmpcopyup") {
-        "option `tmpcopyup` is not supported; hint: leave it out, and have the program fill the tmpfs"
+    } else if has(asked, COPY_UP) && asked.typ().as_deref() != Some("tmpfs") {
+        "option `tmpcopyup` is for a tmpfs"
+    } else if has(asked, COPY_UP) && !bare {
+        "option `tmpcopyup` is not supported where the image has files; hint: leave it out (podman: `notmpcopyup`), and have \
+         the program fill the tmpfs"
     } else {
         return Ok(());
     };
     Err(PlanError::Mount { at, why: why.to_owned() })
+}
+
+/// The kernel does not know it: it is for who copies.
+pub(super) const COPY_UP: &str = "tmpcopyup";
+
+pub(super) fn without_copy_up(asked: &Mount) -> Mount {
+    let mut mount = asked.clone();
+    if has(asked, COPY_UP) {
+        let options = asked.options().iter().flatten().filter(|option| *option != COPY_UP);
+        mount.set_options(Some(options.cloned().collect()));
+    }
+    mount
 }
 
 #[cfg(test)]
