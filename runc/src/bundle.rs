@@ -26,6 +26,8 @@ pub enum BundleError {
     Parse { path: PathBuf, pointer: String, source: serde_json::Error },
     #[error("{pointer}: {why}")]
     Invalid { pointer: &'static str, why: String },
+    #[error("{pointer}: an array, where an object belongs")]
+    NoObject { pointer: String },
     #[error("rootfs {}: {why}", path.display())]
     Rootfs { path: PathBuf, why: String },
 }
@@ -68,8 +70,8 @@ pub fn read(dir: &Path) -> Result<Bundle, BundleError> {
 /// As [`read`]; `path` is for the words of the error.
 pub fn parse(path: &Path, text: &[u8]) -> Result<(Spec, Vec<String>), BundleError> {
     let (spec, document): (Spec, _) = parse_json(path, text)?;
-    check(&spec)?;
     refuse(&document)?;
+    check(&spec)?;
     Ok((spec, fields::unknown(&document)))
 }
 
@@ -84,7 +86,18 @@ pub fn read_process(path: &Path) -> Result<Process, BundleError> {
     Ok(process)
 }
 
+/// # Errors
+/// An array where an object belongs.
+pub fn refuse_arrays(document: &Value) -> Result<(), BundleError> {
+    match fields::array_for_object(document) {
+        Some(pointer) if pointer.is_empty() => Err(BundleError::NoObject { pointer: "/".to_owned() }),
+        Some(pointer) => Err(BundleError::NoObject { pointer }),
+        None => Ok(()),
+    }
+}
+
 fn refuse(document: &Value) -> Result<(), BundleError> {
+    refuse_arrays(document)?;
     match fields::refused(document) {
         Some((pointer, why)) => Err(invalid(pointer, why)),
         None => Ok(()),

@@ -138,6 +138,81 @@ pub const FIELDS: &[(&str, Fate)] = &[
     ("/freebsd", OTHER_SYSTEM),
 ];
 
+/// Where an object must stand. The parser would take an array for one, its elements for the members in the order of our types:
+/// a document would then mean one thing here and nothing to runc, which refuses it.
+const OBJECTS: &[&str] = &[
+    "",
+    "/root",
+    "/mounts/*",
+    "/mounts/*/uidMappings/*",
+    "/mounts/*/gidMappings/*",
+    "/process",
+    "/process/consoleSize",
+    "/process/rlimits/*",
+    "/process/capabilities",
+    "/process/scheduler",
+    "/process/ioPriority",
+    "/process/execCPUAffinity",
+    "/process/user",
+    "/hooks",
+    "/hooks/*/*",
+    "/linux",
+    "/linux/namespaces/*",
+    "/linux/uidMappings/*",
+    "/linux/gidMappings/*",
+    "/linux/timeOffsets/*",
+    "/linux/devices/*",
+    "/linux/netDevices/*",
+    "/linux/personality",
+    "/linux/intelRdt",
+    "/linux/memoryPolicy",
+    "/linux/seccomp",
+    "/linux/seccomp/syscalls/*",
+    "/linux/seccomp/syscalls/*/args/*",
+    "/linux/resources",
+    "/linux/resources/devices/*",
+    "/linux/resources/memory",
+    "/linux/resources/cpu",
+    "/linux/resources/pids",
+    "/linux/resources/blockIO",
+    "/linux/resources/blockIO/*/*",
+    "/linux/resources/hugepageLimits/*",
+    "/linux/resources/network",
+    "/linux/resources/network/priorities/*",
+    "/linux/resources/rdma/*",
+];
+
+/// The first place where an array stands for an object.
+pub fn array_for_object(document: &Value) -> Option<String> {
+    fn look(value: &Value, at: &mut Vec<String>) -> Option<String> {
+        match value {
+            Value::Object(all) => all
+                .iter()
+                .find_map(|(name, value)| below(name.replace('~', "~0").replace('/', "~1"), value, at)),
+            Value::Array(_) if OBJECTS.iter().any(|place| matches(place, at)) => {
+                Some(at.iter().fold(String::new(), |pointer, part| pointer + "/" + part))
+            }
+            Value::Array(all) => {
+                all.iter().enumerate().find_map(|(number, value)| below(number.to_string(), value, at))
+            }
+            _ => None,
+        }
+    }
+    fn below(name: String, value: &Value, at: &mut Vec<String>) -> Option<String> {
+        at.push(name);
+        let found = look(value, at);
+        at.pop();
+        found
+    }
+    look(document, &mut Vec::new())
+}
+
+fn matches(place: &str, at: &[String]) -> bool {
+    let mut parts = place.split('/').skip(1);
+    at.iter().all(|part| parts.next().is_some_and(|listed| listed == "*" || listed == part))
+        && parts.next().is_none()
+}
+
 /// The first member that asks for what is refused, with the reason.
 pub fn refused(document: &Value) -> Option<(&'static str, &'static str)> {
     FIELDS.iter().find_map(|(pointer, fate)| match fate {
@@ -285,9 +360,8 @@ mod tests {
         assert_eq!(found, expected);
     }
 
-    /// What the types of the parser do not know would be dropped before anybody saw it.
-    #[test]
-    fn the_parser_keeps_every_member_that_is_done() {
+    /// A document with every member that is done.
+    fn whole() -> Value {
         let device = json!([{"major": 8, "minor": 0, "rate": 1}]);
         let lines = json!([{"containerID": 0, "hostID": 5, "size": 1}]);
         let hook = json!([{"path": "/x", "args": ["a"], "env": ["b"], "timeout": 1}]);
@@ -346,6 +420,13 @@ mod tests {
             },
         });
         document["linux"] = linux;
+        document
+    }
+
+    /// What the types of the parser do not know would be dropped before anybody saw it.
+    #[test]
+    fn the_parser_keeps_every_member_that_is_done() {
+        let document = whole();
         for (pointer, _) in FIELDS.iter().filter(|(_, fate)| *fate == Done) {
             let first = pointer.split("/*").next().unwrap();
             assert!(document.pointer(first).is_some(), "{pointer} is not in the document of this test");
@@ -353,5 +434,47 @@ mod tests {
         let spec: Spec = serde_json::from_value(document.clone()).unwrap();
         assert_eq!(serde_json::to_value(spec).unwrap(), document);
         assert_eq!(unknown(&document), Vec::<String>::new());
+    }
+    fn objects(value: &Value, at: &str, found: &mut Vec<String>) {
+        match value {
+            Value::Object(all) => {
+                found.push(at.to_owned());
+                all.iter().for_each(|(name, value)| objects(value, &format!("{at}/{name}"), found));
+            }
+            Value::Array(all) => {
+                let numbered = all.iter().enumerate();
+                numbered.for_each(|(number, value)| objects(value, &format!("{at}/{number}"), found));
+            }
+            _ => {}
+        }
+    }
+
+    /// Whatever its elements are: those that the parser would take for the members, too.
+    #[test]
+    fn an_array_is_nowhere_taken_for_an_object() {
+        let document = whole();
+        let path = std::path::Path::new("config.json");
+        let said = |document: &Value| {
+            crate::bundle::parse(path, document.to_string().as_bytes()).map_err(|error| error.to_string())
+        };
+        assert_eq!(array_for_object(&document), None);
+        let mut places = Vec::new();
+        objects(&document, "", &mut places);
+        assert!(places.len() > 50, "{places:?}");
+        for place in places {
+            let mut wrong = document.clone();
+            let object = wrong.pointer_mut(&place).unwrap();
+            let values: Vec<Value> = object.as_object().unwrap().values().cloned().collect();
+            for array in [json!([]), Value::from(values)] {
+                *wrong.pointer_mut(&place).unwrap() = array;
+                let error = said(&wrong).unwrap_err();
+                let named = if place.is_empty() { "/" } else { &place };
+                assert!(error.contains(named), "{place}: {error}");
+            }
+        }
+        let told = json!({"linux": {"seccomp": {"syscalls": [[["read"], "SCMP_ACT_ALLOW", 1, []]]}}});
+        assert_eq!(array_for_object(&told).as_deref(), Some("/linux/seccomp/syscalls/0"));
+        // What the specification does not know may be anything.
+        assert_eq!(array_for_object(&json!({"odd": [[]], "process": {"odd": [1]}})), None);
     }
 }

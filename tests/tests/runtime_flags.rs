@@ -452,3 +452,24 @@ fn a_container_has_each_variable_once_and_none_without_a_name() {
         assert!(seen.contains(said), "{seen}");
     }
 }
+
+/// Rust's parser would take its elements for the members, in an order that nobody has written down.
+#[test]
+fn an_array_where_an_object_belongs_is_refused_by_both() {
+    let pair = Pair::new(SLEEP);
+    pair.both_ok("run -d -b {b} {id}");
+    for side in [&pair.ours, &pair.runcs] {
+        fs::write(side.dir.join("process.json"), r#"{"args":["true"],"cwd":"/","user":[0,0]}"#).unwrap();
+        fs::write(side.dir.join("limits.json"), r#"{"pids":[99]}"#).unwrap();
+    }
+    pair.edit(|config| config["mounts"][0] = json!(["/proc", "proc", "proc", []]));
+    for (line, place) in [
+        ("create -b {b} {id}x", "/mounts/0"),
+        ("exec -p {d}/process.json {id}", "/process/user"),
+        ("update -r {d}/limits.json {id}", "/linux/resources/pids"),
+    ] {
+        let (ours, runcs) = pair.both(line);
+        assert_eq!(ours.code, runcs.code, "{line}: {ours:?} {runcs:?}");
+        assert!(ours.code != 0 && ours.err.contains(place), "{line}: {ours:?}");
+    }
+}

@@ -53,7 +53,11 @@ fn document(path: &Path) -> Result<LinuxResources> {
             opened.map_err(|error| anyhow!("open {}: {}", path.display(), crate::bundle::reason(&error)))?;
         file.take(MAX_DOCUMENT).read_to_string(&mut text).with_context(shown)?;
     }
-    serde_json::from_str(&text).with_context(shown)
+    let resources = serde_json::from_str(&text).with_context(shown)?;
+    let document: serde_json::Value = serde_json::from_str(&text).with_context(shown)?;
+    crate::bundle::refuse_arrays(&serde_json::json!({"linux": {"resources": document}}))
+        .with_context(shown)?;
+    Ok(resources)
 }
 
 fn from_flags(args: &UpdateArgs) -> Result<LinuxResources> {
