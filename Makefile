@@ -5,7 +5,8 @@
 #   make -s env           eval "$(make -s env)" points `docker` at that engine
 #   make images           sysbox/debian:SUITE (bookworm, trixie, sid) and sysbox/busybox in that engine
 #   make build check test bench
-#   make test-matrix      every part of the field that is tried inside; prints docs/COMPATIBILITY.md (long). PARTS=text: some of them
+#   make test-matrix      every part of the field that is tried, inside and outside; prints docs/COMPATIBILITY.md (about 20 minutes
+#                         once its images and programs are made). PARTS=text: those with that in their name
 #   make test-engines     the outer engines among them alone
 #   make test-vm VM=path/to/vm [KERNEL=bookworm|trixie|sid]
 #   make test-bare        what README.md says, in a Debian 12 that was just made and has nothing
