@@ -5,7 +5,8 @@
 #   make -s env           eval "$(make -s env)" points `docker` at that engine
 #   make images           sysbox/debian:SUITE (bookworm, trixie, sid) and sysbox/busybox in that engine
 #   make build check test bench
-#   make test-matrix      every part of the field that is tried inside; prints docs/COMPATIBILITY.md (long). PARTS=text: some of them
+#   make test-matrix      every part of the field that is tried, inside and outside; prints docs/COMPATIBILITY.md (about 20 minutes
+#                         once its images and programs are made). PARTS=text: those with that in their name
 #   make test-engines     the outer engines among them alone
 #   make fuzz             searches for a config.json that does harm, by coverage; SECONDS_OF_FUZZ=60
 #   make test-vm VM=path/to/vm [KERNEL=bookworm|trixie|sid]

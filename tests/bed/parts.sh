@@ -16,6 +16,9 @@ ctr | github.com/containerd/containerd/v2 | github.com/containerd/containerd/v2/
 containerd-shim-runc-v2 | github.com/containerd/containerd/v2 | github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2 | 0 | no_btrfs,no_devmapper,no_zfs
 dockerd | github.com/moby/moby/v2 | github.com/moby/moby/v2/cmd/dockerd | 0 |
 docker-proxy | github.com/moby/moby/v2 | github.com/moby/moby/v2/cmd/docker-proxy | 0 |
+buildkitd | github.com/moby/buildkit | github.com/moby/buildkit/cmd/buildkitd | 0 |
+buildctl | github.com/moby/buildkit | github.com/moby/buildkit/cmd/buildctl | 0 |
+buildx | github.com/docker/buildx | github.com/docker/buildx/cmd/buildx | 0 |
 '
 
 build() { # NAME VERSION OUT

@@ -1,5 +1,6 @@
-//! `compatibility FILE...`: takes results of runs over into docs/compatibility.tsv and prints docs/COMPATIBILITY.md from it. Run at
-//! the top of the tree; `make test-matrix` does.
+//! `compatibility [--whole] FILE...`: takes results of runs over into docs/compatibility.tsv and prints docs/COMPATIBILITY.md from it.
+//! With --whole they are those of all parts there are, and what was known of others goes. Run at the top of the tree; `make
+//! test-matrix` does.
 
 use std::fs;
 
@@ -7,8 +8,13 @@ use anyhow::{Context, Result};
 use sysbox_tests::compat::{PAGE, RESULTS, Row, merge, page, parse};
 
 fn main() -> Result<()> {
-    let mut rows = if fs::exists(RESULTS)? { read(RESULTS)? } else { Vec::new() };
-    for path in std::env::args().skip(1) {
+    let mut files: Vec<String> = std::env::args().skip(1).collect();
+    let is_whole = files.first().is_some_and(|word| word == "--whole");
+    if is_whole {
+        files.remove(0);
+    }
+    let mut rows = if !is_whole && fs::exists(RESULTS)? { read(RESULTS)? } else { Vec::new() };
+    for path in files {
         rows = merge(rows, read(&path)?);
     }
     let lines: String = rows.iter().map(|row| format!("{row}\n")).collect();

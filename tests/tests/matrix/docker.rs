@@ -1,7 +1,7 @@
 //! Docker inside: which releases, set up how, and what is tried with each.
 
 use sysbox_tests::engine::INNER_IMAGE;
-use sysbox_tests::matrix::{Part, Trial, refused, works};
+use sysbox_tests::matrix::{Built, Part, Trial, refused, works};
 
 const SECTION: &str = "Docker inside";
 
@@ -42,8 +42,30 @@ const RELEASES: &[(&str, &Setup, &[&[Trial]], bool)] = &[
     ("sid-engines",      &REMAP,       &[BASIC, REMAPPED, LEGACY, BUILDKIT],                           false),
 ];
 
+/// The newest Docker, with the newest of what it stands on, as published; the client is sid's. Docker 29 calls its own module so.
+const NEWEST: &[(&str, &str, &str)] = &[
+    ("dockerd", "2.0.0-beta.24", "/usr/local/sbin/dockerd"),
+    ("docker-proxy", "2.0.0-beta.24", "/usr/local/bin/docker-proxy"),
+    ("containerd", "2.4.2", "/usr/local/bin/containerd"),
+    ("containerd-shim-runc-v2", "2.4.2", "/usr/local/bin/containerd-shim-runc-v2"),
+    ("runc", "1.5.2", "/usr/local/sbin/runc"),
+    ("buildx", "0.38.2", "/usr/libexec/docker/cli-plugins/docker-buildx"),
+];
+const NEWEST_WITH: &[(&Setup, &[&[Trial]])] = &[
+    (&OVERLAY2, &[BASIC, PRIVILEGED, NETWORKS, LEGACY, BUILDKIT, THIRD, COMPOSE]),
+    (&SNAPSHOTTER, &[BASIC, PRIVILEGED, NETWORKS, LEGACY, BUILDKIT, THIRD, COMPOSE]),
+    (&REMAP, &[BASIC, REMAPPED, LEGACY, BUILDKIT]),
+];
+
 pub fn parts() -> Vec<Part> {
-    RELEASES.iter().map(|(image, setup, trials, is_daily)| part(image, setup, trials, *is_daily)).collect()
+    let releases =
+        RELEASES.iter().map(|(image, setup, trials, is_daily)| part(image, setup, trials, *is_daily));
+    let newest = NEWEST_WITH.iter().map(|(setup, trials)| Part {
+        name: format!("Docker 29 (moby v2.0.0-beta.24), {}", setup.name),
+        built: NEWEST.iter().map(|(name, version, at)| Built { name, version, at }).collect(),
+        ..part("sid-engines", setup, trials, false)
+    });
+    releases.chain(newest).collect()
 }
 
 fn part(image: &str, setup: &Setup, trials: &[&'static [Trial]], is_daily: bool) -> Part {

@@ -20,6 +20,9 @@ const REPLACED: &[Known] = &[Known {
 /// containerd as published, in `trixie-engines`.
 const CONTAINERD: &[&str] = &["2.4.2"];
 
+/// buildkitd as published, in `trixie-engines`.
+const BUILDKIT: &[&str] = &["0.34.2"];
+
 pub fn parts() -> Vec<Part> {
     let podman = RELEASES.iter().map(|(image, is_daily)| Part {
         section: "podman, buildah and containerd inside",
@@ -59,7 +62,22 @@ pub fn parts() -> Vec<Part> {
         built: PROGRAMS.iter().zip(PATHS).map(|(name, at)| Built { name, version, at }).collect(),
         ..ctr()
     });
-    podman.chain(on_volume).chain(containerd).chain(published).collect()
+    let buildkit = BUILDKIT.iter().map(|version| Part {
+        section: "podman, buildah and containerd inside",
+        name: format!("BuildKit {version}, by itself"),
+        image: "trixie-engines".to_owned(),
+        built: vec![
+            Built { name: "buildkitd", version, at: "/usr/local/bin/buildkitd" },
+            Built { name: "buildctl", version, at: "/usr/local/bin/buildctl" },
+        ],
+        init: "exec buildkitd --containerd-worker=false".to_owned(),
+        ready: "buildctl debug workers".to_owned(),
+        // It does not know its version; runc is the one that it runs.
+        version: "runc --version | head -n 1".to_owned(),
+        trials: vec![BUILDS],
+        ..Part::default()
+    });
+    podman.chain(on_volume).chain(containerd).chain(published).chain(buildkit).collect()
 }
 
 fn ctr() -> Part {
@@ -171,7 +189,17 @@ podman rm -ft 0 web; podman network rm own",
 is \"$(podman run --rm --pod pod busybox hostname)\" pod
 podman pod rm -ft 0 pod",
     ),
-    works("--userns auto and keep-id of ids inside", "podman run --rm --uidmap 0:20000:1000 busybox cat /proc/self/uid_map | grep -q 20000"),
+    works("--uidmap", "is \"$(podman run --rm --uidmap 0:20000:1000 busybox cat /proc/self/uid_map | xargs)\" '0 20000 1000'"),
+    works(
+        "--userns auto, of root's ids in /etc/subuid: two at once with ids of their own",
+        "echo root:60000:5000 | tee -a /etc/subuid >>/etc/subgid
+podman run -d --name auto --userns auto:size=1000 busybox sleep 1000
+one=$(podman exec auto cat /proc/self/uid_map | xargs)
+two=$(podman run --rm --userns auto:size=1000 busybox cat /proc/self/uid_map | xargs)
+has \"$one\" ' 1000'; is $(($(echo $two | cut -d' ' -f2) - $(echo $one | cut -d' ' -f2))) 1000
+is \"$(podman exec auto stat -c %u:%g /bin | xargs)\" 0:0
+podman rm -ft 0 auto; sed -i /^root:/d /etc/subuid /etc/subgid",
+    ),
     works("podman build", concat!("cd /tmp; ", build!("podman build -q"))),
     works("buildah bud", concat!("cd /tmp; ", build!("buildah bud -q"))),
     works(
@@ -210,6 +238,7 @@ podman commit -q web committed; podman rm -ft 0 web; is \"$(podman run --rm comm
     ),
     works("rootless: a volume, a user, a file of the home", as_user!("echo mine >mine; is \"$(podman run --rm -v v:/v -v ./mine:/mine --user 7:7 busybox sh -c 'id -u; cat /mine')\" '7
 mine'")),
+    works("rootless: --userns keep-id", as_user!("echo mine >mine; is \"$(podman run --rm --userns keep-id -v ./mine:/mine busybox stat -c %u /mine)\" $(id -u); is \"$(podman run --rm --userns keep-id busybox id -u)\" $(id -u)")),
     works("rootless: podman build", as_user!(build!("podman build -q"))),
     works("rootless: buildah bud", as_user!(build!("buildah bud -q"))),
 ];
@@ -248,5 +277,33 @@ is \"$(ctr run --rm --snapshotter native localhost/busybox:latest seven id -u)\"
 ctr task rm eight 2>/dev/null || true
 has \"$(ctr snapshot diff eight | tar -tz 2>/dev/null || ctr snapshot diff eight | tar -t)\" etc/.wh.group
 ctr container rm eight",
+    ),
+];
+
+const BUILDS: &[Trial] = &[
+    works(
+        "layers on the kernel's overlay",
+        "is \"$(buildctl debug workers -v | awk '/worker.snapshotter:/ {print $2}')\" overlayfs",
+    ),
+    works(
+        "a build: a removed file, a replaced directory, an owner, a cache, a secret",
+        "mkdir -p /tmp/b; cp /usr/share/sysbox/busybox.tar /tmp/b; echo hidden >/tmp/secret; cat >/tmp/b/Dockerfile <<'END'
+FROM scratch AS base
+ADD busybox.tar /
+RUN mkdir -p /d/sub && touch /d/old /d/sub/old /gone
+RUN rm /gone && rm -rf /d && mkdir /d && echo new >/d/new && chown 1000:1000 /d/new
+RUN --mount=type=cache,target=/c --mount=type=secret,id=s --mount=type=tmpfs,target=/t touch /c/x /t/x && cp /run/secrets/s /s
+FROM base
+COPY --from=base /s /copied
+END
+buildctl build --frontend dockerfile.v0 --local context=/tmp/b --local dockerfile=/tmp/b --secret id=s,src=/tmp/secret --output type=tar,dest=/tmp/out.tar
+is \"$(tar -tf /tmp/out.tar | grep -e '^d/' -e gone | xargs)\" 'd/ d/new'
+is \"$(tar -xOf /tmp/out.tar copied)\" hidden
+has \"$(tar --numeric-owner -tvf /tmp/out.tar d/new)\" 1000/1000",
+    ),
+    works(
+        "again, from its cache; and as an image",
+        "has \"$(buildctl build --progress plain --frontend dockerfile.v0 --local context=/tmp/b --local dockerfile=/tmp/b --secret id=s,src=/tmp/secret --output type=oci,dest=/tmp/oci.tar 2>&1)\" CACHED
+has \"$(tar -tf /tmp/oci.tar)\" index.json",
     ),
 ];

@@ -185,7 +185,8 @@ sshfs -p 2222 127.0.0.1:/etc /srv/s; cmp /srv/s/passwd /etc/passwd; umount /srv/
 
 const DEBUGGERS: &[Trial] = &[
     works("strace, of a child and of a running process", "has \"$(strace -f -e trace=execve sh -c /bin/true 2>&1)\" 'execve(\"/bin/true\"'
-sleep 1000 & timeout -s INT 5 strace -p $! -o /tmp/st & within 5 sh -c 'kill -0 $! ; grep -q TracerPid:.*[1-9] /proc/'$!'/status || grep -l strace /proc/*/comm' "),
+sh -c 'while :; do sleep 0.1; done' & traced=$!; strace -o /tmp/st -p $traced & tracer=$!
+within 10 grep -q \"^TracerPid:[[:space:]]*$tracer$\" /proc/$traced/status; within 10 grep -q wait4 /tmp/st; kill $tracer $traced"),
     works("gdb, attached", "sleep 1000 & has \"$(gdb -q -batch -p $! -ex 'info proc' 2>&1)\" 'process '"),
     works("setarch -R, as debuggers do", "setarch -R true"),
     works(
