@@ -47,4 +47,4 @@ test bench:
 
 # A run that found faults is recorded as well; its status says that it did.
 test-matrix test-engines:
-	@$(if $(filter test-engines,$@),TESTS=outer_engine )BED=$(if $(filter file default,$(origin BED)),matrix,$(BED)) tests/bed/matrix.sh $(PARTS)
+	@$(if $(filter test-engines,$@),TESTS=outer_engine )BED=$(if $(filter file default,$(origin BED)),matrix,$(BED)) tests/bed/matrix.sh "$(PARTS)"
