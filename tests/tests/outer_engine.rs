@@ -3,6 +3,7 @@
 //! docs/COMPATIBILITY.md from what came of it.
 #![allow(clippy::unwrap_used)] // all of it is tests; the lint's exception misses their helpers
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -112,6 +113,23 @@ fn images_are_built_with_it_as_the_default_runtime() {
     );
 }
 
+/// As Sysbox's own tests have it: a dockerd from 25 on has this variable.
+#[test]
+fn buildkit_runs_its_steps_by_it_when_told_to() {
+    let dir = host_dir();
+    let program = dir.path().join("runc-of-buildkit");
+    let line = "#!/bin/sh\nexec /var/lib/sysbox-bed/buildkit/bin/sysbox-runc --run-dir /run/sysbox-buildkit \"$@\"\n";
+    std::fs::write(&program, line).unwrap();
+    std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let program = program.display().to_string();
+    try_on_a_bed_of_its_own(
+        "buildkit",
+        &[("ENGINE", "sid"), ("DOCKER_BUILDKIT_RUNC_COMMAND", &program)],
+        [BUILDKIT_TEST, IDS_TEST],
+    );
+}
+
+const BUILDKIT_TEST: &str = "steps_of_buildkit_are_run_by_what_it_was_told";
 const ESSENTIAL_TEST: &str = "the_essentials_work_with_the_engine_of_the_bed";
 const IDS_TEST: &str = "the_ids_are_the_engines_or_ones_of_its_own";
 const BUILD_TEST: &str = "a_build_has_the_owners_that_it_says";
@@ -223,6 +241,26 @@ fn a_build_has_the_owners_that_it_says() {
     }
     std::fs::write(path("Dockerfile"), "FROM sysbox/busybox\nRUN exit 3\n").unwrap();
     assert!(build().refused().contains("returned a non-zero code: 3"));
+    docker(["rmi", "-f", &image]).ok();
+}
+
+#[test]
+fn steps_of_buildkit_are_run_by_what_it_was_told() {
+    let (dir, image) = (host_dir(), unique("image"));
+    let text = "FROM sysbox/debian:bookworm\nRUN cat /proc/self/uid_map >/map; chown 7:8 /map\nUSER 1000:1001\nRUN id >/tmp/mine\n";
+    std::fs::write(dir.path().join("Dockerfile"), text).unwrap();
+    // This machine's client, which brings BuildKit's along; that of newer releases is a package of its own.
+    let mut command = Command::new("/usr/bin/docker");
+    command.env("DOCKER_BUILDKIT", "1").args(["build", "--progress", "plain", "-t", &image]).arg(dir.path());
+    run_within(&mut command, LONG).ok();
+    for runtime in ["runc", sysbox_tests::engine::RUNTIME] {
+        let look = "stat -c '%u:%g' /map /tmp/mine; cat /tmp/mine; cat /map";
+        let said = docker(["run", "--rm", "--runtime", runtime, "-u", "0", &image, "sh", "-c", look]).ok();
+        let (seen, map) = said.split_at(said.rfind("\n").unwrap());
+        assert_eq!(seen, "7:8\n1000:1001\nuid=1000 gid=1001 groups=1001", "{runtime}");
+        let is_mapped = map.split_whitespace().nth(1) != Some("0");
+        assert_eq!(is_mapped, std::env::var("DOCKER_BUILDKIT_RUNC_COMMAND").is_ok(), "{map}");
+    }
     docker(["rmi", "-f", &image]).ok();
 }
 
