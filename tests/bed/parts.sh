@@ -15,11 +15,38 @@ containerd | github.com/containerd/containerd/v2 | github.com/containerd/contain
 ctr | github.com/containerd/containerd/v2 | github.com/containerd/containerd/v2/cmd/ctr | 0 | no_btrfs,no_devmapper,no_zfs
 containerd-shim-runc-v2 | github.com/containerd/containerd/v2 | github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2 | 0 | no_btrfs,no_devmapper,no_zfs
 dockerd | github.com/moby/moby/v2 | github.com/moby/moby/v2/cmd/dockerd | 0 |
+sized | go.uber.org/automaxprocs | . | 0 |
 docker-proxy | github.com/moby/moby/v2 | github.com/moby/moby/v2/cmd/docker-proxy | 0 |
 buildkitd | github.com/moby/buildkit | github.com/moby/buildkit/cmd/buildkitd | 0 |
 buildctl | github.com/moby/buildkit | github.com/moby/buildkit/cmd/buildctl | 0 |
 buildx | github.com/docker/buildx | github.com/docker/buildx/cmd/buildx | 0 |
 '
+
+# A part whose package is `.`: a library, and the least program that uses it.
+main_of() { # NAME
+    case $1 in
+    sized)
+        cat <<'GO'
+package main
+
+import (
+	"fmt"
+	"runtime"
+
+	"go.uber.org/automaxprocs/maxprocs"
+)
+
+func main() {
+	if _, err := maxprocs.Set(); err != nil {
+		panic(err)
+	}
+	fmt.Println("of", runtime.NumCPU(), "processors used:", runtime.GOMAXPROCS(0))
+}
+GO
+        ;;
+    *) die "no program is known for \`$1\`" ;;
+    esac
+}
 
 build() { # NAME VERSION OUT
     local name module package cgo tags scratch
@@ -38,6 +65,7 @@ build() { # NAME VERSION OUT
     say "building $1 $2 (once; kept in $PARTS_CACHE)"
     # shellcheck disable=SC2086  # packages are words
     # A module of our own that requires the other: `go install` refuses modules with a `replace`.
+    [ "$package" != . ] || main_of "$name" >"$scratch/main.go"
     if ! (cd "$scratch" && printf 'module part\n\ngo 1.24\n\nrequire %s v%s\n' "$module" "$2" >go.mod &&
         CGO_ENABLED=$cgo go build -mod=mod -trimpath -tags "$tags" -ldflags "-s -w" -o "$out" $package >log 2>&1 &&
         { [ -f "$out" ] || cp "$(go list -mod=mod -m -f '{{.Dir}}' "$module")"/rootfs-*.tar.gz "$out"; }); then

@@ -1,6 +1,6 @@
 //! Other things that people run in a machine: each with what shows that it works, or the message with which it is refused.
 
-use sysbox_tests::matrix::{Part, Trial, refused, up_to_kernel, works};
+use sysbox_tests::matrix::{Built, Part, Trial, refused, up_to_kernel, works};
 
 const SECTION: &str = "Other things inside";
 
@@ -28,6 +28,7 @@ pub fn parts() -> Vec<Part> {
     let sized = Part {
         name: "programs that size themselves, with --memory 512m --cpus 1".to_owned(),
         options: vec!["--memory", "512m", "--cpus", "1"],
+        built: vec![Built { name: "sized", version: "1.6.0", at: "/usr/local/bin/sized" }],
         version: "java -version 2>&1 | head -n 1".to_owned(),
         trials: vec![SIZED],
         ..part()
@@ -208,6 +209,8 @@ is \"$(su postgres -c \"psql -qtAc 'create table t (x int); insert into t select
 const SIZED: &[Trial] = &[
     works("Java: one processor, 512 MiB", "said=$(java -XshowSettings:system -version 2>&1); has \"$said\" 'Effective CPU Count: 1'; has \"$said\" 'Memory Limit: 512.00M'"),
     works("Java: a heap of a quarter of it", "heap=$(java -XX:+PrintFlagsFinal -version 2>/dev/null | awk '$2 == \"MaxHeapSize\" {print $4}'); [ $heap -le 134217728 ] && [ $heap -ge 100000000 ]"),
+    // Go's own runtime never goes below two (runtime, GOMAXPROCS).
+    works("Go, with automaxprocs: one processor", "has \"$(sized)\" 'used: 1'"),
     works("free, /proc/meminfo", "is \"$(awk '/^MemTotal:/ {print $2}' /proc/meminfo)\" 524288; is \"$(free -b | awk '/^Mem:/ {print $2}')\" 536870912"),
     works("cgroup files where programs look", "is \"$(cat /sys/fs/cgroup/memory/memory.limit_in_bytes 2>/dev/null || cat /sys/fs/cgroup/memory.max)\" 536870912
 is \"$(cat /sys/fs/cgroup/cpu/cpu.cfs_quota_us 2>/dev/null || cut -d' ' -f1 /sys/fs/cgroup/cpu.max)\" 100000"),
