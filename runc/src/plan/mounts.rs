@@ -213,6 +213,10 @@ fn check_place(at: usize, asked: &Mount) -> Result<(), PlanError> {
         && !PROC_FILES.iter().any(|file| Path::new(file) == destination)
     {
         Err(PlanError::InsideProc { at, destination: destination.clone() })
+    } else if destination == Path::new("/dev") && asked.source().as_deref() == Some(Path::new("/dev")) {
+        // Its files would be nobody's, and the mounts of a machine's own /dev could not be made in it.
+        let why = "the host's /dev cannot be the container's; hint: give single devices (`--device`), or bind it elsewhere";
+        Err(PlanError::Mount { at, why: why.to_owned() })
     } else {
         Ok(())
     }

@@ -206,6 +206,10 @@ fn faults_name_the_mount() {
     let tmpfs = |destination: &str| json!([{"destination": destination, "type": "tmpfs", "source": "tmpfs"}]);
     for (mounts, expected) in [
         (json!([bind("/x/..", "/h/a", &[])]), "mountpoint \"/\" is on the top of rootfs"),
+        (
+            json!([bind("/dev/../dev", "/dev", &["rbind"])]),
+            "the host's /dev cannot be the container's; hint: give single devices (`--device`), or bind it elsewhere",
+        ),
         (tmpfs("/proc/.."), "mountpoint \"/\" is on the top of rootfs"),
         (tmpfs("/proc"), "\"/proc\" cannot be mounted because it is not of type proc"),
         (tmpfs("/proc/../proc/sys/./net"), "/proc/sys/net cannot be mounted because it is inside /proc"),
