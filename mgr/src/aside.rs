@@ -238,7 +238,7 @@ fn is_shown(dir: BorrowedFd<'_>, name: &OsStr, root: BorrowedFd<'_>, path: &Path
 }
 
 /// Moves the children of directory `from/name` to the directory at `to`, which is in `parent`. Directories that are in both
-/// are merged the same way; those emptied stay.
+/// are merged the same way, however deep they are nested; those emptied stay.
 fn merge(
     from: BorrowedFd<'_>,
     name: &OsStr,
@@ -247,30 +247,36 @@ fn merge(
     make_own: &dyn Fn(&Path),
     moved: &mut Vec<PathBuf>,
 ) -> Result<()> {
-    let from = open_beneath(from, Path::new(name), READ_DIR)?;
-    let target = match open_beneath(parent, Path::new(to.file_name().unwrap_or_default()), READ_DIR) {
-        Err(error) if matches!(error.errno, Errno::ENOTDIR | Errno::ELOOP | Errno::ENOENT) => {
-            warn!(path = %shown(to), "the container removed a directory that the engine wrote to");
-            return Ok(());
-        }
-        other => other?,
-    };
-    for (child, kind) in names(from.as_fd())? {
-        let place = to.join(&child);
-        if kind == Kind::Directory {
-            make_own(&place);
-        }
-        match rename(from.as_fd(), &child, target.as_fd(), &child, RenameFlags::RENAME_NOREPLACE) {
-            Ok(()) => moved.push(place),
-            Err(error) if error.errno == Errno::ENOENT => {}
-            Err(error) if error.errno == Errno::EEXIST && kind == Kind::Directory => {
-                merge(from.as_fd(), &child, target.as_fd(), &place, make_own, moved)?;
+    let top = open_beneath(from, Path::new(name), READ_DIR)?;
+    let mut pending = vec![PathBuf::new()];
+    while let Some(path) = pending.pop() {
+        let from = open_beneath(top.as_fd(), &path, READ_DIR)?;
+        let into = Path::new(to.file_name().unwrap_or_default()).join(&path);
+        let target = match open_beneath(parent, &into, READ_DIR) {
+            Err(error) if matches!(error.errno, Errno::ENOTDIR | Errno::ELOOP | Errno::ENOENT) => {
+                let path = to.join(&path);
+                warn!(path = %shown(&path), "the container removed a directory that the engine wrote to");
+                continue;
             }
-            Err(error) if error.errno == Errno::EEXIST => {
-                move_newer(from.as_fd(), &child, target.as_fd(), &child)?;
-                moved.push(place);
+            other => other?,
+        };
+        for (child, kind) in names(from.as_fd())? {
+            let place = to.join(&path).join(&child);
+            if kind == Kind::Directory {
+                make_own(&place);
             }
-            Err(error) => return Err(error),
+            match rename(from.as_fd(), &child, target.as_fd(), &child, RenameFlags::RENAME_NOREPLACE) {
+                Ok(()) => moved.push(place),
+                Err(error) if error.errno == Errno::ENOENT => {}
+                Err(error) if error.errno == Errno::EEXIST && kind == Kind::Directory => {
+                    pending.push(path.join(&child));
+                }
+                Err(error) if error.errno == Errno::EEXIST => {
+                    move_newer(from.as_fd(), &child, target.as_fd(), &child)?;
+                    moved.push(place);
+                }
+                Err(error) => return Err(error),
+            }
         }
     }
     Ok(())
@@ -297,21 +303,37 @@ fn move_newer(from: BorrowedFd<'_>, name: &OsStr, to: BorrowedFd<'_>, into: &OsS
     unlinkat(from, name, UnlinkatFlags::NoRemoveDir).named(|| format!("unlinkat({})", shown(Path::new(name))))
 }
 
-/// Removes a tree of directories without files; `false` if there is anything else in it.
+/// Removes a tree of directories without files; `false` if there is anything else in it, or it is nested deeper than a path is
+/// long.
 fn remove_empty(parent: BorrowedFd<'_>, name: &OsStr) -> Result<bool> {
     match unlinkat(parent, name, UnlinkatFlags::RemoveDir) {
         Ok(()) | Err(Errno::ENOENT) => return Ok(true),
         Err(Errno::ENOTEMPTY | Errno::EEXIST) => {}
         Err(errno) => return Err(SysError::new(errno, format!("rmdir({})", shown(Path::new(name))))),
     }
-    let dir = open_beneath(parent, Path::new(name), READ_DIR)?;
-    for (child, kind) in names(dir.as_fd())? {
-        if kind != Kind::Directory || !remove_empty(dir.as_fd(), &child)? {
+    // Each before what is in it; the top is the first.
+    let mut found = vec![PathBuf::from(name)];
+    let mut at = 0;
+    while let Some(path) = found.get(at).cloned() {
+        at += 1;
+        let dir = match open_beneath(parent, &path, READ_DIR) {
+            Err(error) if error.errno == Errno::ENAMETOOLONG => return Ok(false),
+            other => other?,
+        };
+        let children = names(dir.as_fd())?;
+        if children.iter().any(|(_, kind)| *kind != Kind::Directory) {
+            return Ok(false);
+        }
+        found.extend(children.into_iter().map(|(child, _)| path.join(child)));
+    }
+    for path in found.iter().rev() {
+        let (dir, name) = parent_of(parent, path)?;
+        // Something may have come in since it was listed.
+        if unlinkat(&dir, name, UnlinkatFlags::RemoveDir).is_err() {
             return Ok(false);
         }
     }
-    // Something may have come in since it was listed.
-    Ok(unlinkat(parent, name, UnlinkatFlags::RemoveDir).is_ok())
+    Ok(true)
 }
 
 #[cfg(test)]
@@ -351,6 +373,26 @@ mod tests {
             Upper::open(&dir.path().join("diff")).unwrap().recover().unwrap();
             assert_eq!(tree(&dir.path().join("diff")), expected, "{upper:?} and {aside:?}");
         }
+    }
+
+    #[test]
+    fn what_is_nested_deep_comes_back_on_a_small_stack() {
+        let dir = tempfile::tempdir().unwrap();
+        let deep: PathBuf = std::iter::repeat_n("d", 1500).collect();
+        let (upper, place) = (dir.path().join("diff"), dir.path().join(ASIDE));
+        for base in [upper.join("d"), place.join("0")] {
+            fs::create_dir_all(base.join(&deep)).unwrap();
+        }
+        fs::write(place.join("0").join(&deep).join("new"), "aside").unwrap();
+        std::os::unix::fs::symlink("d", place.join("0.to")).unwrap();
+        let path = upper.clone();
+        let recovered = std::thread::Builder::new()
+            .stack_size(256 * 1024)
+            .spawn(move || Upper::open(&path).unwrap().recover())
+            .unwrap();
+        recovered.join().unwrap().unwrap();
+        assert_eq!(fs::read(upper.join("d").join(&deep).join("new")).unwrap(), b"aside");
+        assert!(!place.exists());
     }
 
     fn tree(root: &Path) -> Vec<String> {

@@ -267,7 +267,8 @@ impl Worker {
         let engine_device = match nix::sys::stat::stat(merged) {
             Ok(facts) => facts.st_dev,
             Err(errno) => {
-                return warn!(container = %key, %errno, "not told of what the engine writes: it may show late");
+                warn!(container = %key, %errno, "not told of what the engine writes: it may show late");
+                return self.unmark(key, merged);
             }
         };
         self.places += 1;
@@ -277,12 +278,17 @@ impl Worker {
     }
 
     fn forget(&mut self, key: &ContainerKey) {
-        let Some(merged) = self.retire(key) else { return };
+        if let Some(merged) = self.retire(key) {
+            self.unmark(key, &merged);
+        }
+    }
+
+    fn unmark(&self, key: &ContainerKey, merged: &Path) {
         // Mostly it is unmounted by now, and the mark gone with it.
-        let unmarked = mark(&self.fanotify, MarkFlags::FAN_MARK_REMOVE, &merged);
+        let unmarked = mark(&self.fanotify, MarkFlags::FAN_MARK_REMOVE, merged);
         debug!(container = %key, ?unmarked, "no longer heard of");
         if let Some(gate) = &self.gate {
-            gate.forget(key, &merged);
+            gate.forget(key, merged);
         }
     }
 

@@ -133,9 +133,14 @@ impl Gate {
         if SFlag::from_bits_truncate(facts.st_mode & SFlag::S_IFMT.bits()) != kind {
             return Err(sysbox_sys::SysError::new(Errno::EINVAL, what()));
         }
+        // Known before the first event.
         lock(&self.places).insert(Inode::of(&facts), key.clone());
         let path = proc_path(file.as_fd());
-        self.group.mark(MarkFlags::FAN_MARK_ADD, PERMISSION, AT_FDCWD, Some(&path)).named(what)
+        let marked = self.group.mark(MarkFlags::FAN_MARK_ADD, PERMISSION, AT_FDCWD, Some(&path)).named(what);
+        if marked.is_err() {
+            lock(&self.places).remove(&Inode::of(&facts));
+        }
+        marked
     }
 }
 

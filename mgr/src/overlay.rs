@@ -116,27 +116,40 @@ impl Pair {
     /// the directories named in `except`.
     ///
     /// # Errors
-    /// As [`Pair::settle`].
+    /// As [`Pair::settle`]; the first, and the rest is done.
     pub fn settle_all(&self, except: &BTreeSet<PathBuf>) -> Result<()> {
         let mut pending = vec![PathBuf::new()];
+        let mut settled = Ok(());
         while let Some(path) = pending.pop() {
             let opened = open_beneath(self.upper.dir(), &path, OFlag::O_RDONLY | OFlag::O_DIRECTORY);
-            // What was there a moment ago may be gone.
-            let Ok(names) = opened.and_then(|dir| names(dir.as_fd())) else { continue };
-            for (name, _) in names.iter().filter(|(_, kind)| *kind == Kind::Directory) {
-                let child = path.join(name);
-                if except.contains(&child) {
+            let names = match opened.and_then(|dir| names(dir.as_fd())) {
+                Ok(names) => names,
+                // What was there a moment ago may be gone.
+                Err(error) if matches!(error.errno, Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => {
                     continue;
                 }
-                match self.judge(&child)? {
-                    View::StaleDirectory => self.cure_directory(&child)?,
-                    View::Same => {}
-                    View::StaleFile | View::Apart => continue,
+                Err(error) => {
+                    settled = settled.and(Err(error));
+                    continue;
                 }
-                pending.push(child);
+            };
+            let directories = names.iter().filter(|(_, kind)| *kind == Kind::Directory);
+            for child in directories.map(|(name, _)| path.join(name)).filter(|child| !except.contains(child))
+            {
+                let cured = self.judge(&child).and_then(|view| match view {
+                    View::StaleDirectory => self.cure_directory(&child).map(|()| true),
+                    View::Same => Ok(true),
+                    View::StaleFile | View::Apart => Ok(false),
+                });
+                match cured {
+                    Ok(true) => pending.push(child),
+                    Ok(false) => {}
+                    // One that is nested deeper than a path is long, say, is not to keep the others from it.
+                    Err(error) => settled = settled.and(Err(error)),
+                }
             }
         }
-        Ok(())
+        settled
     }
 
     /// Drops what either side remembers and does not use. `false`: a directory is aside that the engine still uses; it is to
