@@ -5,7 +5,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxNamespaceType, Process, Spec};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::fields;
 
@@ -69,7 +69,7 @@ pub fn read(dir: &Path) -> Result<Bundle, BundleError> {
 /// # Errors
 /// As [`read`]; `path` is for the words of the error.
 pub fn parse(path: &Path, text: &[u8]) -> Result<(Spec, Vec<String>), BundleError> {
-    let (spec, document): (Spec, _) = parse_json(path, text)?;
+    let (spec, document): (Spec, _) = parse_json(path, text, "/process")?;
     refuse(&document)?;
     check(&spec)?;
     Ok((spec, fields::unknown(&document)))
@@ -80,7 +80,7 @@ pub fn parse(path: &Path, text: &[u8]) -> Result<(Spec, Vec<String>), BundleErro
 /// # Errors
 /// As [`read`].
 pub fn read_process(path: &Path) -> Result<Process, BundleError> {
-    let (process, document): (Process, _) = parse_json(path, &read_text(path)?)?;
+    let (process, document): (Process, _) = parse_json(path, &read_text(path)?, "")?;
     refuse(&serde_json::json!({ "process": document }))?;
     check_process(&process)?;
     Ok(process)
@@ -122,9 +122,15 @@ fn read_text(path: &Path) -> Result<Vec<u8>, BundleError> {
     }
 }
 
-/// What it says, and the document itself: the types know not all that may stand in it.
-fn parse_json<T: serde::de::DeserializeOwned>(path: &Path, text: &[u8]) -> Result<(T, Value), BundleError> {
+/// What it says, and the document itself: the types know not all that may stand in it. `process` is where the process is.
+fn parse_json<T: serde::de::DeserializeOwned>(
+    path: &Path,
+    text: &[u8],
+    process: &str,
+) -> Result<(T, Value), BundleError> {
     let path = path.to_owned();
+    let with_user = with_a_user(text, process);
+    let text = with_user.as_deref().unwrap_or(text);
     let mut reader = serde_json::Deserializer::from_slice(text);
     let parsed = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
         let pointer = pointer_of(error.path());
@@ -134,6 +140,19 @@ fn parse_json<T: serde::de::DeserializeOwned>(path: &Path, text: &[u8]) -> Resul
     reader.end().map_err(whole)?;
     let document = serde_json::from_slice(text).map_err(whole)?;
     Ok((parsed, document))
+}
+
+/// The text with root for a process of which it does not say the user, as runc has it; `None` where it says so.
+fn with_a_user(text: &[u8], process: &str) -> Option<Vec<u8>> {
+    let mut document: Value = serde_json::from_slice(text).ok()?;
+    let process = document.pointer_mut(process)?.as_object_mut()?;
+    let user = process.entry("user").or_insert_with(|| Value::Object(Map::new())).as_object_mut()?;
+    let missing: Vec<&str> = ["uid", "gid"].into_iter().filter(|id| !user.contains_key(*id)).collect();
+    if missing.is_empty() {
+        return None;
+    }
+    missing.into_iter().for_each(|id| drop(user.insert(id.to_owned(), 0.into())));
+    serde_json::to_vec(&document).ok()
 }
 
 /// RFC 6901.
@@ -301,6 +320,33 @@ mod tests {
         assert!(text.starts_with("config.json: /mounts/0/options: invalid type: string \"ro\""), "{text}");
         let text = refusal("{\"ociVersion\": ");
         assert!(text.contains("EOF while parsing"), "{text}");
+    }
+
+    #[test]
+    fn a_process_without_a_user_is_roots() {
+        let path = Path::new("config.json");
+        for (user, ids) in [
+            (None, (0, 0)),
+            (Some(json!({})), (0, 0)),
+            (Some(json!({"uid": 5})), (5, 0)),
+            (Some(json!({"gid": 6, "uid": 5})), (5, 6)),
+        ] {
+            let mut config = good();
+            config["process"].as_object_mut().unwrap().remove("user");
+            if let Some(user) = user {
+                config["process"]["user"] = user;
+            }
+            let (spec, _) = parse(path, config.to_string().as_bytes()).unwrap();
+            let user = spec.process().as_ref().unwrap().user().clone();
+            assert_eq!((user.uid(), user.gid()), ids);
+            let process = tempfile::NamedTempFile::new().unwrap();
+            std::fs::write(process.path(), config["process"].to_string()).unwrap();
+            let user = read_process(process.path()).unwrap().user().clone();
+            assert_eq!((user.uid(), user.gid()), ids);
+        }
+        let mut config = good();
+        config["process"]["user"] = json!("root");
+        assert!(refusal(&config.to_string()).contains("/process/user"));
     }
 
     #[test]
