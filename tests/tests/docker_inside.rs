@@ -6,6 +6,7 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::time::Duration;
 
 use sysbox_tests::engine::{
     BUSYBOX, Container, DEBIAN, INNER_IMAGE, Said, Volume, docker, record_of, remains_of, unique, until,
@@ -46,7 +47,10 @@ fn import_busybox(container: &Container) {
 
 /// What a web server says to `GET /`.
 fn get(address: &str) -> Option<String> {
-    let mut stream = TcpStream::connect(address).ok()?;
+    // What the first packet of a connection met is true for all of it: one that came before the rules is given up.
+    let (address, patience) = (address.parse().expect("an address"), Duration::from_secs(3));
+    let mut stream = TcpStream::connect_timeout(&address, patience).ok()?;
+    stream.set_read_timeout(Some(patience)).ok()?;
     stream.write_all(b"GET / HTTP/1.0\r\n\r\n").ok()?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer).ok()?;

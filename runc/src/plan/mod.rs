@@ -93,8 +93,6 @@ pub enum PlanError {
     DeviceNumber { path: PathBuf, number: i64 },
     #[error("/linux/rootfsPropagation: `{asked}` is not one of shared, slave, private, unbindable")]
     Propagation { asked: String },
-    #[error("/process/env: invalid environment variable: {why}")]
-    Environment { why: &'static str },
     #[error("/process/ioPriority/priority: {level} is not 0 to 7")]
     IoPriority { level: i64 },
     #[error("/linux/resources/{member}: {why}")]

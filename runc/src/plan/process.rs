@@ -91,15 +91,6 @@ pub fn entry(
             return Err(PlanError::UnmappedId { kind: "gid", id: gid, last: last(map.gids()) });
         }
     }
-    // As runc: what is no pair is a mistake.
-    for pair in process.env().iter().flatten() {
-        let why = match pair.split_once('=') {
-            Some(("", _)) => "name cannot be empty",
-            Some(_) => continue,
-            None => "missing '='",
-        };
-        return Err(PlanError::Environment { why });
-    }
     // The kernel would take the bits above as something else (ioprio_set(2)).
     if let Some(level) = process.io_priority().as_ref().map(LinuxIOPriority::priority)
         && !(0..=7).contains(&level)
