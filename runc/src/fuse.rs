@@ -7,6 +7,7 @@ use std::collections::HashSet;
 use std::fs;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
@@ -50,20 +51,32 @@ pub fn abort(cgroup: &Cgroup, ids: &IdMap) {
 }
 
 /// The device minors, which are the names of connections, of all FUSE file systems that processes outside of the container
-/// have. One look at each mount namespace: most processes share a few.
+/// have.
 fn mounted_elsewhere(cgroup: &Cgroup) -> HashSet<String> {
     let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids: Vec<Pid> =
         pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).map(Pid::from_raw).collect();
     // After the list of all: who is in that and was born inside is in this.
     let inside: HashSet<Pid> = cgroup.processes().into_iter().collect();
-    let mut looked_at = HashSet::new();
-    pids.into_iter()
-        .filter(|pid| !inside.contains(pid))
-        .filter(|pid| fs::read_link(format!("/proc/{pid}/ns/mnt")).is_ok_and(|ns| looked_at.insert(ns)))
-        .filter_map(|pid| fs::read_to_string(format!("/proc/{pid}/mountinfo")).ok())
-        .flat_map(|text| fuse_minors(&text))
-        .collect()
+    let texts = views(pids.into_iter().filter(|pid| !inside.contains(pid)), Path::new("/proc"));
+    texts.iter().flat_map(|text| fuse_minors(text)).collect()
+}
+
+/// The mounts that these processes see, by one look at each mount namespace from each root in it: most processes share a
+/// few, but who has another root is told only of what is below that (proc(5)). Who is gone has told nothing for others.
+fn views(pids: impl Iterator<Item = Pid>, proc: &Path) -> Vec<String> {
+    let mut told = HashSet::new();
+    let look = |pid: Pid| {
+        let dir = proc.join(pid.to_string());
+        let view = || Some((fs::read_link(dir.join("ns/mnt")).ok()?, fs::read_link(dir.join("root")).ok()?));
+        let before = view().filter(|view| !told.contains(view))?;
+        let text = fs::read_to_string(dir.join("mountinfo")).ok()?;
+        if view().as_ref() == Some(&before) {
+            told.insert(before);
+        }
+        Some(text)
+    };
+    pids.filter_map(look).collect()
 }
 
 fn fuse_minors(mountinfo: &str) -> Vec<String> {
@@ -78,7 +91,31 @@ fn fuse_minors(mountinfo: &str) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::fuse_minors;
+    use super::*;
+
+    #[test]
+    fn who_ends_or_has_another_root_does_not_hide_what_others_see() {
+        let proc = tempfile::tempdir().unwrap();
+        let process = |pid: i32, ns: &str, root: &str, mounts: Option<&str>| {
+            let dir = proc.path().join(pid.to_string());
+            fs::create_dir_all(dir.join("ns")).unwrap();
+            std::os::unix::fs::symlink(ns, dir.join("ns/mnt")).unwrap();
+            std::os::unix::fs::symlink(root, dir.join("root")).unwrap();
+            if let Some(text) = mounts {
+                fs::write(dir.join("mountinfo"), text).unwrap();
+            }
+            Pid::from_raw(pid)
+        };
+        let pids = [
+            process(1, "mnt:[1]", "/jail", Some("of a jail")),
+            // It ended between two looks.
+            process(2, "mnt:[1]", "/", None),
+            process(3, "mnt:[1]", "/", Some("all")),
+            process(4, "mnt:[1]", "/", Some("all, again")),
+            process(5, "mnt:[2]", "/", Some("of another")),
+        ];
+        assert_eq!(views(pids.into_iter(), proc.path()), ["of a jail", "all", "of another"]);
+    }
 
     #[test]
     fn connections_are_found_among_mounts() {
