@@ -15,6 +15,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use oci_spec::runtime::{Hook, Hooks};
 use serde_json::{Value, json};
+use sysbox_sys::process::unblock_signals;
 
 /// Of what a hook says, in an error.
 const MAX_WORDS: usize = 4096;
@@ -112,7 +113,10 @@ pub fn in_directory(mut args: impl Iterator<Item = OsString>) -> String {
     let (Some(dir), Some(path), Some(name)) = (args.next(), args.next(), args.next()) else {
         return format!("{IN_DIRECTORY}: directory, program and name");
     };
-    let why = Command::new(&path).arg0(name).args(args).current_dir(dir).exec();
+    let mut command = Command::new(&path);
+    command.arg0(name).args(args).current_dir(dir);
+    unblock_signals(&mut command);
+    let why = command.exec();
     format!("fork/exec {}: {}", Path::new(&path).display(), crate::bundle::reason(&why))
 }
 
@@ -125,10 +129,12 @@ fn run_one(hook: &Hook, state: &str, env: Option<&[String]>) -> Result<(), Strin
         command.env_clear().envs(pairs.iter().filter_map(|pair| pair.split_once('=')));
     }
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    // A `run` in the foreground has blocked them for itself.
+    unblock_signals(&mut command);
     let started = command.spawn();
     let mut child = started
         .map_err(|error| format!("fork/exec {}: {}", hook.path().display(), crate::bundle::reason(&error)))?;
-    // None that is not above zero is any time (as runc has it), and none that no clock reaches is an end.
+    // As runc has it, one of zero or less is over at once. One that no clock reaches is none.
     let seconds = hook.timeout();
     let within = |seconds| Duration::from_secs(u64::try_from(seconds).unwrap_or(0));
     let deadline = seconds.and_then(|seconds| Instant::now().checked_add(within(seconds)));

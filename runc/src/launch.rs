@@ -217,9 +217,12 @@ impl Launch<'_> {
             // lookup fails, and takes EACCES to mean that the kernel has none: from an engine's bundle (0700) a container's
             // mounts then cost 12 ms. Hooks of the container's own namespaces can be in the bundle by inheritance alone.
             let inherited = hooks.create_container().as_ref().is_some_and(|hooks| !hooks.is_empty());
-            match self.bundle.to_str() {
-                Some(bundle) if !inherited => hooks::run_in(&mut hooks, bundle),
-                _ => dir = self.bundle,
+            let bundle = self.bundle.to_str();
+            if let Some(bundle) = bundle {
+                hooks::run_in(&mut hooks, bundle);
+            }
+            if inherited || bundle.is_none() {
+                dir = self.bundle;
             }
             spec.set_hooks(Some(hooks));
         }

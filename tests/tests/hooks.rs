@@ -164,6 +164,26 @@ fn hooks_of_the_runtime_are_in_the_bundle_with_their_own_arguments_as_with_runc(
     assert_eq!(ours, runcs);
 }
 
+/// `run` in the foreground blocks all signals for itself.
+#[test]
+fn hooks_have_no_signal_blocked_as_with_runc() {
+    let pair = Pair::new(&["true"]);
+    let files = with_hooks(&pair);
+    for (side, file) in [&pair.ours, &pair.runcs].into_iter().zip(&files) {
+        let script = "echo $1 $(grep SigBlk /proc/self/status) >>$2";
+        side.bundle.edit(|config| {
+            config["hooks"] = json!({});
+            for time in ["prestart", "createRuntime", "poststart", "poststop"] {
+                config["hooks"][time] = hook(time, file, script);
+            }
+        });
+    }
+    pair.both_ok("run -b {b} {id}");
+    let masks = files.map(|file| fs::read_to_string(file).unwrap());
+    assert_eq!(masks[0], masks[1]);
+    assert_eq!(masks[0].matches("SigBlk: 0000000000000000").count(), 4, "{}", masks[0]);
+}
+
 #[test]
 fn a_failing_hook_fails_what_it_fails_with_runc_and_leaves_nothing() {
     let pair = Pair::new(&["/bin/sleep", "1000"]);

@@ -198,6 +198,16 @@ pub fn reset_signals() -> Result<()> {
     nix::sys::signal::SigSet::empty().thread_set_mask().named(|| "rt_sigprocmask".to_owned())
 }
 
+/// Has the program of this command start with no signal blocked, whatever this process blocks for itself.
+pub fn unblock_signals(command: &mut std::process::Command) {
+    use std::os::unix::process::CommandExt;
+    // SAFETY: between fork and exec one call, of sigprocmask(2), which is async-signal-safe; nothing is allocated, as an error
+    // is an errno.
+    unsafe {
+        command.pre_exec(|| nix::sys::signal::SigSet::empty().thread_set_mask().map_err(std::io::Error::from))
+    };
+}
+
 /// Runs `work` in a forked child that dies with this process, and ends the child with its result as exit code.
 ///
 /// # Errors
