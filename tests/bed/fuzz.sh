@@ -1,7 +1,7 @@
 #!/bin/bash
 # fuzz.sh: searches SECONDS_OF_FUZZ (60) long for bytes that do more to the runtime than be refused when they come as config.json:
-# tests/fuzz, by libFuzzer, which the C++ compiler builds. Needs no privilege. What it has learned is kept outside of the tree
-# and is where the next run begins; an input that was found to do harm is named at the end.
+# tests/fuzz, by libFuzzer, which the C++ compiler builds. Needs no privilege, but where it keeps what it has learned is root's:
+# others say CORPUS=DIR. That is outside of the tree and is where the next run begins; an input that was found to do harm is named at the end.
 . "$(dirname "$0")/lib.sh"
 
 CORPUS=${CORPUS:-/var/cache/sysbox/fuzz/config}
