@@ -88,7 +88,7 @@ fn cve_2025_52565_a_console_is_the_terminal_that_was_made_and_nothing_else() {
 }
 
 fn lured(machine: &Machine, canary: &Canary, target: &Path) {
-    let name = |kind: &str| format!("{kind}-{}", target.file_name().unwrap().display());
+    let name = |kind: &str| format!("{kind}-{}", target.file_name().unwrap().to_string_lossy());
     let lure = |dir: &Path| {
         fs::create_dir_all(dir).unwrap();
         for name in ["0", "1", "2", "ptmx", "console"] {
