@@ -56,16 +56,32 @@ start_daemons() {
     [ -z "${LOG_LEVEL:-}" ] || level=(--log-level "$LOG_LEVEL")
     read -ra mgr <<<"${EXTRA_MGR_ARGS:-}"
     # The range in /etc/subuid belongs to one manager, the user's; every other bed has files and ids of its own: 128
-    # containers in one of 64 places below that range.
+    # containers in one of 64 places below that range, which it keeps as long as its data.
     if [ "$BED" != dev ]; then
         make_dir data "$BED_HOME/etc"
-        local place=$(($(printf %s "$BED" | cksum | cut -d' ' -f1) % 64))
+        local place
+        [ -s "$BED_HOME/place" ] || free_place >"$BED_HOME/place"
+        place=$(cat "$BED_HOME/place")
         mgr+=(--subid-files "$BED_HOME/etc" --subid-range "$((1342177280 + place * 8388608)):8388608")
     fi
     read -ra fs <<<"${EXTRA_FS_ARGS:-}"
     # The manager first: sysbox-fs finds there what an earlier sysbox-fs left in its keeping.
     start_daemon sysbox-mgr "$SYSBOX_RUN_DIR/mgr.sock" --data-root "$SYSBOX_DATA_ROOT" "${level[@]}" "${mgr[@]}"
     start_daemon sysbox-fs "$SYSBOX_RUN_DIR/fs.sock" --mountpoint "$SYSBOX_MOUNTPOINT" "${level[@]}" "${fs[@]}"
+}
+
+# One that no other bed has; by the name where it can be, so that a bed that is made again has the same.
+free_place() {
+    local place tries
+    place=$(($(printf %s "$BED" | cksum | cut -d' ' -f1) % 64))
+    for ((tries = 0; tries < 64; tries++)); do
+        if ! cat "$BEDS"/*/place 2>/dev/null | grep -qx "$place"; then
+            echo "$place"
+            return
+        fi
+        place=$(((place + 1) % 64))
+    done
+    die "64 beds have data here" "take one down: make down PURGE=1 BED=name"
 }
 
 start_daemon() { # NAME SOCKET ARGUMENT...
