@@ -40,6 +40,7 @@ check:
 	cargo fmt --all --check
 	@tests/bed/packages.sh build
 	cargo clippy --workspace --all-targets -- -D warnings
+	cargo clippy -p sysbox-runc --features fuzz -- -D warnings
 
 # Beds of their own: a run must not meet the containers of the bed that you work with.
 test bench:
