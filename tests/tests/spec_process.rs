@@ -60,6 +60,10 @@ fn scheduler_and_io_priority_are_set_from_outside() {
     };
     let said = refused("prio", "ioPriority", json!({"class": "IOPRIO_CLASS_BE", "priority": 99}));
     assert!(said.contains("/process/ioPriority/priority: 99 is not 0 to 7"), "{said}");
+    for (id, score) in [("high", 1001), ("low", -1001)] {
+        let said = refused(id, "oomScoreAdj", json!(score));
+        assert!(said.contains(&format!("/process/oomScoreAdj: {score} is not -1000 to 1000")), "{said}");
+    }
     let said = refused("fifo", "scheduler", json!({"policy": "SCHED_FIFO", "priority": 1000}));
     assert!(said.contains("/process/scheduler: sched_setattr("), "{said}");
 }

@@ -95,6 +95,8 @@ pub enum PlanError {
     Propagation { asked: String },
     #[error("/process/ioPriority/priority: {level} is not 0 to 7")]
     IoPriority { level: i64 },
+    #[error("/process/oomScoreAdj: {score} is not -1000 to 1000")]
+    OomScore { score: i32 },
     #[error("/linux/resources/{member}: {why}")]
     Resource { member: &'static str, why: &'static str },
     #[error("/linux: could not be built: {0}")]

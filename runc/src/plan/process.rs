@@ -97,6 +97,10 @@ pub fn entry(
     {
         return Err(PlanError::IoPriority { level });
     }
+    // proc_pid_oom_score_adj(5)
+    if let Some(score) = process.oom_score_adj().filter(|score| !(-1000..=1000).contains(score)) {
+        return Err(PlanError::OomScore { score });
+    }
     let machine = settings.common.syscont_mode;
     let capabilities = if machine && !settings.common.honor_caps {
         Capabilities::of_machine(user.uid())
