@@ -62,11 +62,12 @@ struct Verdict {
     text: String,
 }
 
+/// In a mount namespace of its own: one of them has runc do its mounts without one, and they would stay on this machine.
 fn try_one(tools: &Path, program: &Path, runtime: &Path, scratch: &Path) -> Verdict {
     let out = scratch.join("out");
     let file = fs::File::create(&out).unwrap();
-    let status = Command::new("/usr/bin/timeout")
-        .args(["-k", "5", "60"])
+    let status = Command::new("/usr/bin/unshare")
+        .args(["--mount", "--propagation", "private", "/usr/bin/timeout", "-k", "5", "60"])
         .arg(program)
         .current_dir(tools)
         .env("RUNTIME", runtime)
