@@ -129,22 +129,20 @@ fn parse_json<T: serde::de::DeserializeOwned>(
     process: &str,
 ) -> Result<(T, Value), BundleError> {
     let path = path.to_owned();
-    let with_user = with_a_user(text, process);
-    let text = with_user.as_deref().unwrap_or(text);
-    let mut reader = serde_json::Deserializer::from_slice(text);
+    let mut document = serde_json::from_slice(text);
+    let with_user = document.as_mut().ok().and_then(|document| with_a_user(document, process));
+    let mut reader = serde_json::Deserializer::from_slice(with_user.as_deref().unwrap_or(text));
     let parsed = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
         let pointer = pointer_of(error.path());
         BundleError::Parse { path: path.clone(), pointer, source: error.into_inner() }
     })?;
-    let whole = |source| BundleError::Parse { path: path.clone(), pointer: "/".to_owned(), source };
-    reader.end().map_err(whole)?;
-    let document = serde_json::from_slice(text).map_err(whole)?;
-    Ok((parsed, document))
+    // What follows the document is a fault of this one, too.
+    let whole = |source| BundleError::Parse { path, pointer: "/".to_owned(), source };
+    Ok((parsed, document.map_err(whole)?))
 }
 
-/// The text with root for a process of which it does not say the user, as runc has it; `None` where it says so.
-fn with_a_user(text: &[u8], process: &str) -> Option<Vec<u8>> {
-    let mut document: Value = serde_json::from_slice(text).ok()?;
+/// Makes a process of which the document does not say the user root's, as runc has it. The new text; `None` where it says so.
+fn with_a_user(document: &mut Value, process: &str) -> Option<Vec<u8>> {
     let process = document.pointer_mut(process)?.as_object_mut()?;
     let user = process.entry("user").or_insert_with(|| Value::Object(Map::new())).as_object_mut()?;
     let missing: Vec<&str> = ["uid", "gid"].into_iter().filter(|id| !user.contains_key(*id)).collect();
@@ -152,7 +150,7 @@ fn with_a_user(text: &[u8], process: &str) -> Option<Vec<u8>> {
         return None;
     }
     missing.into_iter().for_each(|id| drop(user.insert(id.to_owned(), 0.into())));
-    serde_json::to_vec(&document).ok()
+    serde_json::to_vec(document).ok()
 }
 
 /// RFC 6901.
@@ -320,6 +318,8 @@ mod tests {
         assert!(text.starts_with("config.json: /mounts/0/options: invalid type: string \"ro\""), "{text}");
         let text = refusal("{\"ociVersion\": ");
         assert!(text.contains("EOF while parsing"), "{text}");
+        let text = refusal(&format!("{} x", good()));
+        assert!(text.starts_with("config.json: /: trailing characters"), "{text}");
     }
 
     #[test]
