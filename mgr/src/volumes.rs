@@ -11,8 +11,9 @@ use tracing::{error, info, warn};
 
 /// Of directories on their way out: these alone are removed at a start.
 const GONE: &str = ".gone-";
-/// Of one on its way in, which is its container's only when it has the right owner.
-const NEW: &str = ".new-";
+/// One on its way in, beside those of its container: it has its name when it has the right owner. No longer than that, as a
+/// volume's may be as long as any.
+const NEW: &str = ".new";
 
 #[derive(Debug, thiserror::Error)]
 #[error("{what} {}: {cause}", path.display())]
@@ -74,7 +75,7 @@ impl Volumes {
                 continue;
             }
             // Empty, if it is there: the maker ended before it had its name. Whatever ends us here, a volume has its owner.
-            let new = home.join(format!("{NEW}{name}"));
+            let new = home.join(NEW);
             make_closed(&new)?;
             std::os::unix::fs::chown(&new, Some(owner.0), Some(owner.1)).map_err(failed("chown", &new))?;
             std::fs::rename(&new, &path).map_err(failed("rename", &path))?;
@@ -175,7 +176,7 @@ mod tests {
         assert_eq!((facts.uid(), facts.gid()), (7, 8));
         // A maker that ended half-way, twice: without and with the owner.
         for owner in [0, 7] {
-            let half = volumes.of(&other).join(".new-second");
+            let half = volumes.of(&other).join(".new");
             std::fs::create_dir(&half).unwrap();
             std::os::unix::fs::chown(&half, Some(owner), None).unwrap();
             volumes.make(&other, &["second".to_owned()], (7, 8)).unwrap();
@@ -183,6 +184,7 @@ mod tests {
             assert_eq!((made.uid(), made.gid(), half.exists()), (7, 8, false));
             std::fs::remove_dir(volumes.of(&other).join("second")).unwrap();
         }
+        volumes.make(&other, &["l".repeat(255)], (7, 8)).unwrap();
         for name in ["", "..", "a/b", ".x"] {
             assert!(volumes.make(&one, &[name.to_owned()], (0, 0)).is_err(), "{name}");
         }
